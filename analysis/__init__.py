@@ -1,0 +1,1 @@
+"""A Trace or Answers in, arrays, tables and figures out. Knows nothing about pages and never loads a model."""

@@ -1,0 +1,287 @@
+"""The command line: what can be typed, and the promises that every command keeps.
+
+Results go to stdout and everything else to stderr; `--json` prints exactly one JSON object. A user's mistake is one
+line on stderr and exit status 2, Ctrl-C is 130. Nothing heavy is imported before a command is known: what a command
+does lies in app/commands.py, app/doctor.py and app/bench.py. Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from app.limits import add_limits
+from app.output import log, plain, printable
+from model.errors import UserError
+
+DESCRIPTION = "DeepStack Lens: see, switch and understand how a DeepStack vision-language model uses an image."
+MODEL_HELP = "embedded, embedded/NAME, a folder or a hub id such as Qwen/Qwen3-VL-2B-Instruct"
+PLAN_HELP = "which stack enters before which layer, as base@0,0@1,1@2*0.5; or a preset's name; default: as trained"
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are one line, like all others."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word of the command line."""
+
+    summary: str
+    arguments: Callable[[Parser], None]
+    run: str  # "module:function", imported when it is run; takes the options, returns an Outcome
+
+
+def _model(parser: Parser) -> None:
+    parser.add_argument("--model", "-m", default="embedded", metavar="NAME", help=f"{MODEL_HELP} (default embedded)")
+    _hardware(parser)
+
+
+def _hardware(parser: Parser) -> None:
+    parser.add_argument(
+        "--device", metavar="D", help="cpu, cuda, cuda:1 … (default: a GPU where one works, else the CPU)"
+    )
+    parser.add_argument(
+        "--dtype",
+        metavar="T",
+        help="float32, bfloat16 or float16 (default: bfloat16 for large models on a GPU, else float32)",
+    )
+
+
+def _json(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def _sampling(parser: Parser) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="longest answer (default 48)")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default)")
+    group.add_argument(
+        "--top-p", type=float, default=1.0, metavar="X", help="least set of this probability (default 1: off)"
+    )
+    group.add_argument("--top-k", type=int, default=0, metavar="N", help="the N most probable tokens (default 0: off)")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of the random numbers (default 0)")
+
+
+def _question(parser: Parser) -> None:
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument(
+        "question", metavar="QUESTION", help="what to ask about them; the last word on the line, in quotes"
+    )
+
+
+def _page_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "--model", "-m", action="append", default=[], metavar="NAME",
+        help=f"{MODEL_HELP}; may be given several times, the first is the one to start with",
+    )  # fmt: skip
+    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="default 127.0.0.1: this machine only")
+    parser.add_argument("--port", type=int, default=7860, metavar="N", help="default 7860")
+    _hardware(parser)
+    add_limits(parser)
+
+
+def _models_arguments(parser: Parser) -> None:
+    _json(parser)
+
+
+def _ask_arguments(parser: Parser) -> None:
+    _question(parser)
+    parser.add_argument("--plan", metavar="P", help=PLAN_HELP)
+    _model(parser)
+    _json(parser)
+    _sampling(parser)
+    add_limits(parser)
+
+
+def _trace_arguments(parser: Parser) -> None:
+    _question(parser)
+    parser.add_argument("--plan", metavar="P", help=PLAN_HELP)
+    parser.add_argument(
+        "--out", metavar="DIR", help="write figures (PNG, SVG), tables (CSV) and trace.json into this folder"
+    )
+    _model(parser)
+    _json(parser)
+    _sampling(parser)
+    add_limits(parser)
+
+
+def _compare_arguments(parser: Parser) -> None:
+    parser.add_argument("inputs", nargs="*", metavar="IMAGE… QUESTION", help="image files and a question, in quotes")
+    parser.add_argument(
+        "--plan", action="append", default=[], metavar="P", help=f"{PLAN_HELP}; may be given several times"
+    )
+    parser.add_argument(
+        "--model", "-m", action="append", default=[], metavar="NAME", help=f"{MODEL_HELP}; may be given several times"
+    )
+    parser.add_argument("--truth", metavar="TEXT", help="the right answer: adds error rates and its log-probability")
+    parser.add_argument("--scenes", metavar="DIR", help="ask the questions of DIR/answers.jsonl instead of one")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of --scenes")
+    _hardware(parser)
+    _json(parser)
+    _sampling(parser)
+    add_limits(parser)
+
+
+def _eval_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "--scenes", required=True, metavar="DIR", help="a folder with answers.jsonl, as `scenes` writes it"
+    )
+    parser.add_argument("--plan", metavar="P", help=PLAN_HELP)
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    _model(parser)
+    _json(parser)
+    add_limits(parser)
+
+
+def _scenes_arguments(parser: Parser) -> None:
+    parser.add_argument("--out", required=True, metavar="DIR", help="where the images and answers.jsonl go")
+    parser.add_argument("--n", type=int, required=True, metavar="N", help="how many scenes")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="the same seed draws the same scenes (default 0)"
+    )
+    parser.add_argument(
+        "--fonts",
+        choices=("train", "held-out"),
+        default="train",
+        help="the fonts of the training, or those kept out of it",
+    )
+    _json(parser)
+
+
+def _train_arguments(parser: Parser) -> None:
+    parser.add_argument("name", metavar="NAME", help="the embedded checkpoint to make: hires, hires-single …")
+    parser.add_argument("--steps", type=int, metavar="N", help="training steps of the language model")
+    parser.add_argument("--tower-steps", type=int, metavar="N", help="training steps of the vision tower")
+    parser.add_argument("--card", action="store_true", help="train nothing: score what is there and write its card")
+    parser.add_argument("--device", metavar="D", help="cpu, cuda … (default: a GPU where one works, else the CPU)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of scenes, weights and order (default 0)")
+    parser.add_argument("--out", metavar="DIR", help="where the checkpoint goes (default assets/checkpoints/NAME)")
+    parser.add_argument("--workdir", default="runs", metavar="DIR", help="what a resumed run needs (default runs)")
+    parser.add_argument("--resume", action="store_true", help="go on from what is in the work folder")
+    _json(parser)
+
+
+def _check_arguments(parser: Parser) -> None:
+    _model(parser)
+    _json(parser)
+
+
+PAGE = Command("the page, in a browser", _page_arguments, "app.commands:page")
+COMMANDS = {
+    "models": Command(
+        "supported families, embedded checkpoints, what each needs", _models_arguments, "app.commands:models"
+    ),
+    "ask": Command("an answer about one image or several", _ask_arguments, "app.commands:ask"),
+    "trace": Command("per-layer numbers of one answer, and figures of them", _trace_arguments, "app.commands:trace"),
+    "compare": Command(
+        "several plans and models on one question or a whole file", _compare_arguments, "app.commands:compare"
+    ),
+    "doctor": Command("is DeepStack active and aligned here? exit 1 if not", _check_arguments, "app.doctor:run"),
+    "bench": Command("speed and memory beside plain transformers", _check_arguments, "app.bench:run"),
+    "scenes": Command("rendered scenes with exact answers", _scenes_arguments, "app.commands:scenes"),
+    "eval": Command("exact match and error rate of a model on scenes", _eval_arguments, "app.commands:evaluate"),
+    "train": Command("makes an embedded checkpoint again from nothing", _train_arguments, "app.commands:train"),
+}
+
+
+def _parser(name: str | None) -> Parser:
+    """The parser of a command, or of the page for None."""
+    if name is not None:
+        command = COMMANDS[name]
+        summary = command.summary[0].upper() + command.summary[1:] + "."
+        parser = Parser(prog=f"python -m app {name}", description=summary, allow_abbrev=False)
+        command.arguments(parser)
+        return parser
+    words = "\n".join(f"  {word:<8} {command.summary}" for word, command in COMMANDS.items())
+    parser = Parser(
+        prog="python -m app",
+        usage="python -m app [options]\n       python -m app COMMAND …",
+        description=f"{DESCRIPTION}\nWithout a command it opens the page in a browser.",
+        epilog=f"commands (each has its own --help):\n{words}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    PAGE.arguments(parser)
+    return parser
+
+
+def _parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
+    name = argv[0] if argv and argv[0] in COMMANDS else None
+    parser = _parser(name)
+    if name is None:
+        options, rest = parser.parse_known_args(argv)
+        if rest:
+            misplaced = next((word for word in rest if word in COMMANDS), None)
+            if misplaced:
+                raise UserError(f"The command comes first: python -m app {misplaced} …, then its options.")
+            what = "option" if rest[0].startswith("-") else "command"
+            raise UserError(
+                f"There is no {what} {rest[0]}; the commands are {', '.join(COMMANDS)} (see python -m app --help)."
+            )
+        return PAGE, options
+    return COMMANDS[name], parser.parse_intermixed_args(argv[1:])
+
+
+def _quiet_libraries() -> None:
+    """Libraries' progress bars, warnings and telemetry off, before any of them is imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    warnings.filterwarnings(
+        "ignore", module="PIL"
+    )  # damaged EXIF, size: model/images.py says what matters in its own words
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line (default: this process's) and returns its exit status."""
+    stdout = sys.stdout
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader has gone (`… | head`); nothing more can be said to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+        return 0
+
+
+def _run(argv: list[str]) -> int:
+    stdout = sys.stdout
+    try:
+        command, options = _parse(argv)
+        _quiet_libraries()
+        module, function = command.run.split(":")
+        as_json = getattr(options, "json", False)
+        # With --json whatever a library prints goes to stderr: stdout is for the one object.
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            outcome = getattr(importlib.import_module(module), function)(options)
+        if as_json:
+            print(json.dumps(plain(outcome.data), allow_nan=False), file=stdout, flush=True)
+        elif outcome.text:
+            print(printable(outcome.text), file=stdout, flush=True)
+        return outcome.code
+    except UserError as error:
+        log(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        log("stopped")
+        return INTERRUPTED
+    except (MemoryError, RuntimeError) as error:
+        if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's, not imported here
+            raise
+        log("error: Out of memory. Use smaller images or a smaller model, or --dtype bfloat16.")
+        return 2
+    except SystemExit as end:  # argparse after --help
+        return end.code if isinstance(end.code, int) else 0

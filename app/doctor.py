@@ -1,0 +1,287 @@
+"""`doctor`: is DeepStack active and aligned in this model, on this machine?
+
+One picture, one question, one answer; each check looks at the running model from outside (its own hooks on the layers,
+transformers' own forward, eager attention) and never at what the engine says of itself:
+
+1. watch(): every decoder layer's input and output, and what enters the vision tower's mergers, during one real answer
+2. checks on what was seen: rows finite, injections counted, each one where and what the plan says
+3. the same answer another way: recomputed without cache, with eager attention, by transformers' own forward
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+
+from app.commands import introduce, load_from
+from app.output import Outcome, table
+from model.engine import Engine
+from model.instrument import ATTENTION
+from model.loading import gigabytes
+from model.plan import BASE, Plan
+from model.probe import AttentionWish, Probe
+from model.prompt import Prompt
+from model.types import Answer, Sampling
+
+QUESTION = "What does the sign say?"
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # relative; about eight last places
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    ok: bool
+    figure: str  # what was seen, with its unit
+
+    def to_json(self) -> dict:
+        """Plain values for `--json`."""
+        return {"name": self.name, "ok": self.ok, "figure": self.figure}
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """All checks; exit status 1 if one fails."""
+    engine = load_from(options.model, options)
+    introduce(engine)
+    checks = diagnose(engine)
+    failed = [check for check in checks if not check.ok]
+    data = {"model": engine.name, "ok": not failed, "checks": [check.to_json() for check in checks]}
+    rows = [["ok" if check.ok else "FAILED", check.name, check.figure] for check in checks]
+    verdict = f"{len(failed)} of {len(checks)} checks failed" if failed else f"all {len(checks)} checks passed"
+    return Outcome(
+        data, f"{table(['', 'check', 'seen'], rows, widest=300)}\n\n{engine.name}: {verdict}", 1 if failed else 0
+    )
+
+
+def diagnose(engine: Engine) -> list[Check]:
+    """Every check of one loaded model, in the order in which they are shown."""
+    prompt = engine.prompt(
+        [{"role": "user", "content": [{"type": "image", "image": sign()}, {"type": "text", "text": QUESTION}]}]
+    )
+    plan = engine.layout.default
+    engine.cache.clear()
+    with watch(engine) as seen:
+        answer = engine.answer(prompt, plan, Sampling(max_new_tokens=8))
+    engine.cache.clear()
+    checks = [
+        Check("device and number format", True, "; ".join(engine.reasons) or f"{engine.device}, {engine.dtype}"),
+        Check(
+            "versions",
+            True,
+            f"python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}",
+        ),
+        Check("memory", True, gigabytes(engine.memory_bytes)),
+        Check("the config's stacks", not engine.warnings, " ".join(engine.warnings) or _stacks_in_words(engine)),
+    ]
+    for check in (taps, finite, injections, aligned):
+        checks.append(check(engine, prompt, plan, seen))
+    for check in (switching, recompute, eager, parity):
+        checks.append(check(engine, prompt, plan, answer))
+    return checks
+
+
+def sign() -> Image.Image:
+    """A sign with a short text, 128 px, that needs no file."""
+    image = Image.new("RGB", (128, 128), (40, 70, 120))
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((14, 40, 114, 88), fill=(250, 240, 200))
+    draw.text((64, 64), "K7PX2", fill=(30, 30, 30), anchor="mm", font_size=24)
+    return image
+
+
+# ---- 1. looking from outside
+
+
+@dataclass
+class Watched:
+    """One entry per call of the decoder: the layers' inputs and outputs [T, d], float32 on the CPU."""
+
+    inputs: list[dict[int, Tensor]] = field(default_factory=list)
+    outputs: list[dict[int, Tensor]] = field(default_factory=list)
+    blocks: dict[int, Tensor] = field(default_factory=dict)  # vision block -> its output
+    mergers: dict[int, Tensor] = field(default_factory=dict)  # stack -> what enters its merger
+
+
+@contextmanager
+def watch(engine: Engine) -> Iterator[Watched]:
+    """Hooks of our own, behind the engine's: each layer is seen with what was injected into it."""
+    seen = Watched()
+    handles = []
+
+    def copy(value) -> Tensor:
+        return (value[0] if isinstance(value, tuple) else value).detach().float().cpu()
+
+    def before(layer: int) -> Callable:
+        def hook(module: nn.Module, args: tuple) -> None:
+            if layer == 0:
+                seen.inputs.append({})
+                seen.outputs.append({})
+            seen.inputs[-1][layer] = copy(args)[0]
+
+        return hook
+
+    def after(layer: int) -> Callable:
+        def hook(module: nn.Module, args: tuple, output) -> None:
+            seen.outputs[-1][layer] = copy(output)[0]
+
+        return hook
+
+    for index, layer in enumerate(engine.adapter.decoder.layers):
+        handles.append(layer.register_forward_pre_hook(before(index)))
+        handles.append(layer.register_forward_hook(after(index)))
+    tower = getattr(engine.model.model, "visual", None)
+    if tower is not None:
+        for index, block in enumerate(tower.blocks):
+            handles.append(
+                block.register_forward_hook(lambda m, a, out, i=index: seen.blocks.__setitem__(i, copy(out)))
+            )
+        for index, merger in enumerate(tower.deepstack_merger_list):
+            handles.append(merger.register_forward_pre_hook(lambda m, a, i=index: seen.mergers.__setitem__(i, copy(a))))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# ---- 2. what was seen during one answer
+
+
+def taps(engine: Engine, prompt: Prompt, plan: Plan, seen: Watched) -> Check:
+    """The vision blocks whose output really enters a merger, beside those in the config."""
+    wanted = [source.tap for source in engine.layout.sources if source.tap is not None]
+    if not wanted:
+        return Check("taps", True, "none: the stacks are samples of a high-resolution view, or there are none")
+    found = [
+        next((block for block, output in seen.blocks.items() if torch.equal(output, entered)), None)
+        for _, entered in sorted(seen.mergers.items())
+    ]
+    listed = ", ".join(map(str, wanted))
+    return Check(
+        "taps", sorted(found) == wanted, f"vision blocks {', '.join(map(str, found))}; the config says {listed}"
+    )
+
+
+def finite(engine: Engine, prompt: Prompt, plan: Plan, seen: Watched) -> Check:
+    """Every source has finite rows that are not all zero."""
+    features = engine.see(prompt).features
+    sizes = {name: float(rows.float().pow(2).mean().sqrt()) for name, rows in features.items()}
+    figure = "RMS " + ", ".join(f"{name} {size:.3g}" for name, size in sizes.items())
+    return Check("stacks finite and not zero", all(np.isfinite(size) and size > 0 for size in sizes.values()), figure)
+
+
+def injections(engine: Engine, prompt: Prompt, plan: Plan, seen: Watched) -> Check:
+    """How many layers got an input other than the output of the layer before, in the prefill and after it."""
+    wanted = sorted({entry.layer for entry in plan if entry.layer > 0})
+    changed = [
+        [layer for layer in range(1, engine.layout.n_layers) if not torch.equal(ins[layer], outs[layer - 1])]
+        for ins, outs in zip(seen.inputs, seen.outputs, strict=True)
+    ]
+    later = sum(map(len, changed[1:]))
+    where = f"before layers {', '.join(map(str, changed[0]))}" if changed[0] else "at layer 0 only"
+    figure = f"{where} in the prefill; {later} in {len(changed) - 1} later steps"
+    return Check("injections, prefill only", changed[0] == wanted and later == 0, figure)
+
+
+def aligned(engine: Engine, prompt: Prompt, plan: Plan, seen: Watched) -> Check:
+    """input(l+1) - output(l) is the stack's rows at the image's positions, and nothing elsewhere."""
+    features = engine.see(prompt).features
+    image = torch.as_tensor(np.concatenate([grid.positions for grid in prompt.grids]))
+    inputs, outputs = seen.inputs[0], seen.outputs[0]
+    worst, stray = 0.0, 0.0
+    for layer in range(1, engine.layout.n_layers):
+        added = inputs[layer] - outputs[layer - 1]
+        wanted = torch.zeros_like(added)
+        for name, gain in plan.at(layer):
+            wanted[image] += gain * features[name].float().cpu()
+        length = outputs[layer - 1][image].abs().max() + wanted.abs().max()
+        worst = max(worst, float((added - wanted)[image].abs().max() / length))
+        added[image] = 0
+        stray = max(stray, float(added.abs().max()))
+    base = dict(plan.at(0)).get(BASE, 0.0) * features[BASE].float().cpu()
+    others = sum(gain * features[name].float().cpu() for name, gain in plan.at(0) if name != BASE)
+    worst = max(worst, float((inputs[0][image] - base - others).abs().max() / features[BASE].float().abs().max()))
+    ok = worst <= TOLERANCE[engine.dtype] and stray == 0.0
+    return Check(
+        "rows where the plan says", ok, f"difference {worst:.1e} of the stream at image rows, {stray:g} elsewhere"
+    )
+
+
+# ---- 3. the same answer another way
+
+
+def switching(engine: Engine, prompt: Prompt, plan: Plan, answer: Answer) -> Check:
+    """The next token's logits move when a stack is switched off."""
+    names = [name for name in plan.sources() if name != BASE] or [BASE]
+    on = engine.logits(prompt, plan)[-1].float()
+    moved = {name: float((engine.logits(prompt, plan.without(name))[-1].float() - on).abs().max()) for name in names}
+    figure = "logits move by " + ", ".join(f"{moved[name]:.3g} without {name}" for name in names)
+    return Check("switching a stack off changes the answer's logits", all(moved.values()), figure)
+
+
+def recompute(engine: Engine, prompt: Prompt, plan: Plan, answer: Answer) -> Check:
+    """Log-probabilities of the answer, decoded token by token with a cache, beside one pass over all of it."""
+    whole = engine.replay(prompt, answer, plan, Probe(norms=False)).logprobs
+    worst = float(np.abs(whole - [token.logprob for token in answer.tokens]).max()) if answer.tokens else 0.0
+    ok = worst <= 10 * TOLERANCE[engine.dtype]
+    return Check(
+        "cached decode equals recompute", ok, f"log-probabilities differ by {worst:.1e} in {len(answer.tokens)} tokens"
+    )
+
+
+def eager(engine: Engine, prompt: Prompt, plan: Plan, answer: Answer) -> Check:
+    """The attention rows that a trace shows, beside those that eager attention computes."""
+    layers = tuple(sorted({0, engine.layout.n_layers // 2, engine.layout.n_layers - 1}))
+    row = prompt.input_ids.shape[1] - 1
+    wish = AttentionWish(layers, (row,))
+    shown = engine.replay(prompt, answer, plan, Probe(norms=False, attention=(wish,))).attention
+    decoder = engine.adapter.decoder
+    weights: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Callable:
+        return lambda module, args, output: weights.__setitem__(layer, output[1][0, :, row].detach().float().cpu())
+
+    handles = [decoder.layers[layer].self_attn.register_forward_hook(keep(layer)) for layer in layers]
+    try:
+        decoder.set_attn_implementation("eager")
+        engine.logits(prompt, plan, answer)
+    finally:
+        decoder.set_attn_implementation(ATTENTION)
+        for handle in handles:
+            handle.remove()
+    worst = max(float(np.abs(shown[layer][:, 0] - weights[layer].numpy()).max()) for layer in layers)
+    figure = f"shares differ by {worst:.1e} in layers {', '.join(map(str, layers))}"
+    return Check("attention rows equal eager's", worst <= TOLERANCE[engine.dtype], figure)
+
+
+def parity(engine: Engine, prompt: Prompt, plan: Plan, answer: Answer) -> Check:
+    """Logits and greedy tokens beside transformers' own forward and generate on the same weights."""
+    name = "parity with plain transformers"
+    found = engine.adapter.plain_inputs(prompt)
+    if found is None:
+        return Check(name, True, "not to be compared: transformers alone cannot run this checkpoint")
+    inputs, same = {key: value.to(engine.device) for key, value in found[0].items()}, found[1]
+    with torch.no_grad():
+        plain = engine.model(**inputs).logits[0].float()
+        tokens = engine.model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    ours = engine.logits(prompt, same).float()
+    worst = float((ours - plain).abs().max() / plain.abs().max())
+    greedy = [token.id for token in engine.answer(prompt, same, Sampling(max_new_tokens=8)).tokens]
+    agree = tokens.tolist()[: len(greedy)] == greedy
+    figure = f"logits differ by {worst:.1e} under {same}, greedy tokens {'agree' if agree else 'differ'}"
+    return Check(name, worst <= TOLERANCE[engine.dtype] and agree, figure)
+
+
+def _stacks_in_words(engine: Engine) -> str:
+    names = engine.layout.stack_names
+    return f"{len(names)} stacks, default plan {engine.layout.default}" if names else "no stacks: a single injection"

@@ -1,0 +1,201 @@
+"""What one visitor has: a small frozen Session and Focus of ids, and the bounded store that the ids point into.
+
+Session and Focus live in `gr.State`, one of each per visitor. Images, answers and traces live in the Store, which keeps
+the newest up to a limit; an id is 128 random bits and never leaves the server. Knows nothing about gradio, figures or
+how an answer is made.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from model.errors import UserError
+from model.prompt import Prompt
+from model.types import Answer, Message, Sampling
+
+IMAGE_BYTES = 512 * 2**20  # pixels of all visitors' images held at once
+RECORDS = 512  # answers of all visitors held at once, with their traces
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question of a conversation and the answer it got."""
+
+    question: str
+    images: tuple[str, ...] = ()  # ids of the images sent with this question
+    record: str = ""  # id of the answer's Record, "" while there is none
+
+
+def new_images(turns: Sequence[Turn]) -> list[tuple[str, ...]]:
+    """Per turn the images that came with it: none where they are those of the turn before."""
+    found, last = [], ()
+    for turn in turns:
+        found.append(turn.images if turn.images != last else ())
+        last = turn.images or last
+    return found
+
+
+@dataclass(frozen=True)
+class Session:
+    """A visitor's conversation. Written by the chat's events only."""
+
+    visitor: str = ""
+    turns: tuple[Turn, ...] = ()
+
+    def known(self) -> Session:
+        """Itself, with a visitor's id if it had none."""
+        return self if self.visitor else replace(self, visitor=new_id())
+
+    def answered(self, turn: Turn) -> Session:
+        """With one more turn."""
+        return replace(self, turns=(*self.turns, turn))
+
+    def before(self, index: int) -> Session:
+        """With the turns before this one only."""
+        return replace(self, turns=self.turns[:index])
+
+
+@dataclass(frozen=True)
+class Focus:
+    """What a visitor looks at now: the current image and question, the last answer and the one before it."""
+
+    images: tuple[str, ...] = ()
+    example: str = ""  # file name, when the image is one of the examples
+    question: str = ""
+    truth: str = ""  # the right answer, where it is known
+    record: str = ""  # the last answer
+    before: str = ""  # the answer before it, to the same question
+
+    def on(self, record: str, question: str, images: tuple[str, ...], example: str) -> Focus:
+        """Turned to a new answer; the one before is kept when it answered the same question about the same image."""
+        same = (question, images) == (self.question, self.images)
+        truth = self.truth if same else ""
+        return Focus(images, example, question, truth, record, self.record if same else "")
+
+
+@dataclass(frozen=True)
+class Held:
+    """An image in the store."""
+
+    image: Image.Image  # RGB
+    name: str
+    notes: tuple[str, ...] = ()  # what was converted when it was opened
+    example: str = ""
+    files: dict[str, Path] = field(default_factory=dict, compare=False)  # what has been written of it for the browser
+
+    @property
+    def bytes(self) -> int:
+        """Size of its pixels."""
+        return self.image.width * self.image.height * 3
+
+
+@dataclass
+class Record:
+    """One answer with all that is needed to look into it or to ask again, and what has been computed from it."""
+
+    answer: Answer
+    prompt: Prompt
+    messages: list[Message]
+    question: str
+    images: tuple[str, ...]
+    sampling: Sampling
+    memo: dict[Any, Any] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made on the first call with this key and kept."""
+        with self.lock:
+            if key not in self.memo:
+                self.memo[key] = make()
+            return self.memo[key]
+
+
+class Store:
+    """Images and records of all visitors, least recently used out first. Thread-safe."""
+
+    def __init__(self, image_bytes: int = IMAGE_BYTES, records: int = RECORDS):
+        self._image_bytes, self._max_records = image_bytes, records
+        self._images: OrderedDict[str, tuple[str, Held]] = OrderedDict()  # id -> (visitor, image)
+        self._records: OrderedDict[str, tuple[str, Record]] = OrderedDict()
+        self._stops: dict[tuple[str, str], threading.Event] = {}  # (visitor, place) -> ends what runs there
+        self._lock = threading.Lock()
+
+    def hold(self, visitor: str, held: Held) -> str:
+        """Keeps an image and returns its id."""
+        key = new_id()
+        with self._lock:
+            self._images[key] = (visitor, held)
+            total = sum(item.bytes for _, item in self._images.values())
+            while total > self._image_bytes and len(self._images) > 1:
+                total -= self._images.popitem(last=False)[1][1].bytes
+        return key
+
+    def image(self, key: str) -> Held:
+        """The image of this id; UserError when it has been dropped."""
+        with self._lock:
+            if key not in self._images:
+                raise UserError("This image is no longer held here; upload it again.")
+            self._images.move_to_end(key)
+            return self._images[key][1]
+
+    def keep(self, visitor: str, record: Record) -> str:
+        """Keeps an answer and returns its id."""
+        key = new_id()
+        with self._lock:
+            self._records[key] = (visitor, record)
+            while len(self._records) > self._max_records:
+                self._records.popitem(last=False)
+        return key
+
+    def record(self, key: str) -> Record | None:
+        """The answer of this id, None when there is none or it has been dropped."""
+        with self._lock:
+            if key not in self._records:
+                return None
+            self._records.move_to_end(key)
+            return self._records[key][1]
+
+    def start(self, visitor: str, place: str) -> threading.Event:
+        """The event that ends the answer which starts now. What still runs for this visitor in this place is ended."""
+        with self._lock:
+            running = self._stops.get((visitor, place))
+            if running is not None:
+                running.set()
+            self._stops[visitor, place] = threading.Event()
+            return self._stops[visitor, place]
+
+    def stop(self, visitor: str, place: str) -> None:
+        """Ends what runs for this visitor in this place, within one token."""
+        with self._lock:
+            if (visitor, place) in self._stops:
+                self._stops[visitor, place].set()
+
+    def newest(self, visitor: str, place: str, event: threading.Event) -> bool:
+        """Whether no later answer has started there since `start` gave this event."""
+        with self._lock:
+            return self._stops.get((visitor, place)) is event
+
+    def forget(self, session: Session) -> None:
+        """Drops all that a visitor has; called when the session ends."""
+        with self._lock:
+            for items in (self._images, self._records):
+                for key in [key for key, (visitor, _) in items.items() if visitor == session.visitor]:
+                    del items[key]
+            for key in [key for key in self._stops if key[0] == session.visitor]:
+                self._stops.pop(key).set()
+
+    def __len__(self) -> int:
+        return len(self._images) + len(self._records)
+
+
+def new_id() -> str:
+    """128 random bits as text."""
+    return secrets.token_urlsafe(16)

@@ -1,0 +1,229 @@
+"""Stacks: every change of the picture answers the question again, beside what all subsets of the stacks would say.
+
+Handlers first, layout below. The answer comes first and alone; the strip of subsets is computed once per question.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import gradio as gr
+
+from analysis import norms, subsets
+from analysis.compare import exact
+from app import asking, charts, markup
+from app.asking import Asked
+from app.desk import Desk
+from app.picture import effect_value
+from app.session import Focus, Record, Session
+from app.wiring import MODEL, bound, introduced
+from model.engine import Engine
+from model.errors import UserError
+from model.plan import BASE, Plan
+from model.types import Answer, Sampling
+
+EMPTY = markup.empty(
+    "No question yet", "Pick an example below, or ask about your own image in Chat. Then switch stacks in the picture."
+)
+BUSY = '<div class="dl-panel dl-busy"><h3>Every subset at once</h3><p class="dl-note">being answered …</p></div>'
+MAX_NEW_TOKENS = 24  # of the answers of all subsets; the question's own answer may be longer
+
+
+# ---- handlers: plain values in, plain values out
+
+
+def live(
+    desk: Desk,
+    question: str,
+    plan: str,
+    model: str,
+    max_new_tokens: float,
+    temperature: float,
+    top_p: float,
+    top_k: float,
+    seed: float,
+    session: Session,
+    focus: Focus,
+) -> Iterator[tuple]:
+    """The current question under the plan of now: first its answer, then subsets and effects.
+
+    Yields (question, session, focus, answer, strip, effects, bars). A plan or question that cannot be run leaves the
+    views as they are; the rail says what is wrong with a plan.
+    """
+    record = desk.store.record(focus.record)
+    question = (question or "").strip() or focus.question
+    if not question or not (focus.images or record):
+        yield question, gr.skip(), gr.skip(), EMPTY, "", "", None
+        return
+    known, kept = introduced(session)
+    settings = asking.sampling(desk, max_new_tokens, temperature, top_p, top_k, seed)
+    asked = _asked(desk, record, question, plan, model, settings, focus)
+    stopper = desk.store.start(known.visitor, "stacks")
+    newest = functools.partial(desk.store.newest, known.visitor, "stacks", stopper)
+    if record is not None and _unchanged(record, asked):
+        key, now = focus.record, record  # nothing has changed: what is there is drawn again
+    else:
+        for answer, done in asking.stream(asked, stopper):
+            if not newest():  # a later change of the picture has taken over
+                yield (gr.skip(),) * 7
+                return
+            if not done:
+                yield question, *[gr.skip()] * 2, growing(asked, answer), *[gr.skip()] * 3
+        key = asking.keep(desk, known, asked, answer)
+        focus = asking.refocused(desk, focus, key, asked)
+        now = desk.store.record(key)
+    before = desk.store.record(focus.before)
+    card = answer_card(asked.engine, now, before, focus.truth)
+    busy = (gr.skip(), gr.skip()) if before is not None or len(asked.plan.sources()) < 2 else (BUSY, "")
+    yield question, kept, focus, card, *busy, gr.skip()
+    effect = now.once("effect", lambda: asked.engine.image_effect(asked.prompt, now.answer, asked.plan))
+    sources = tuple(source.name for source in asked.engine.layout.sources)
+    felt = effects(norms.Effect(asked.plan, sources, effect))
+    try:
+        run = all_subsets(asked, now, before, focus.truth)
+        left, right = strip(run, asked.plan, asked.engine.layout.default, focus.truth), felt + shares(run)
+    except UserError as error:
+        left, right = f'<p class="dl-note">{markup.escape(str(error))}</p>', felt
+    if newest():
+        yield *[gr.skip()] * 4, left, right, effect_value(asked.engine, asked.plan, effect)
+
+
+def _asked(
+    desk: Desk, record: Record | None, question: str, plan: str, model: str, settings: Sampling, focus: Focus
+) -> Asked:
+    """The question with the conversation it stands in when it is the last one asked, else on its own."""
+    if record and record.question == question and (record.images == focus.images or not record.images):
+        return asking.again(desk, record, model=model, plan=plan, settings=settings)
+    return asking.prepare(desk, model=model, plan=plan, question=question, images=focus.images, settings=settings)
+
+
+def _unchanged(record: Record, asked: Asked) -> bool:
+    now = (asked.engine.name, asked.plan, asked.question, asked.images, asked.sampling)
+    return (record.answer.model, record.answer.plan, record.question, record.images, record.sampling) == now
+
+
+# ---- what the tab shows
+
+
+def answer_card(engine: Engine, now: Record, before: Record | None, truth: str) -> str:
+    """The answer, what changed against the one before, what it cost."""
+    answer = now.answer
+    facts = [markup.milliseconds(answer.seconds), "vision tower reused" if answer.vision_cached else "vision tower run"]
+    words = markup.word_spans(answer.tokens) if answer.tokens else "<i>(empty)</i>"
+    was = ""
+    if before is not None:
+        same = before.answer.text == answer.text
+        change = "the same answer" if same else markup.differing(before.answer.text, answer.text)
+        was = (
+            f'<p class="dl-was"><span>before, under {markup.plan_code(before.answer.plan)}</span>'
+            f"<b>{markup.escape(before.answer.text.strip() or '(empty)')}</b>"
+            f"<span>change</span><b>{change}</b></p>"
+        )
+    right = ""
+    if truth:
+        good = exact(answer.text, truth)
+        right = f'<span class="dl-truth {"dl-right" if good else "dl-wrong"}">{"✓" if good else "✗"} truth: '
+        right += f"{markup.escape(truth)}</span>"
+    return (
+        f'<div class="dl-answer-card"><p class="dl-q">{markup.escape(now.question)}</p>'
+        f'<p class="dl-big dl-answer">{words}</p>{right}{was}'
+        f'<span class="dl-foot">{markup.badge(engine.layout, answer.plan)}{markup.plan_code(answer.plan)}'
+        f"<span>{markup.escape(' · '.join(facts))}</span></span></div>"
+    )
+
+
+def growing(asked: Asked, answer: Answer) -> str:
+    """The card while its answer is being made."""
+    return (
+        f'<div class="dl-answer-card dl-busy"><p class="dl-q">{markup.escape(asked.question)}</p>'
+        f'<p class="dl-big dl-answer">{markup.word_spans(answer.tokens)}</p></div>'
+    )
+
+
+def stop(desk: Desk, session: Session) -> None:
+    """Ends the running answer within one token; what has been said stays."""
+    desk.store.stop(session.visitor, "stacks")
+
+
+def everything(layout, plan: Plan) -> Plan:
+    """The plan with everything on, of which the strip shows the subsets: the default one if `plan` is a part of it."""
+    inside = all(entry in layout.default.entries for entry in plan if entry.source != BASE)
+    return layout.default if inside and len(layout.default) >= len(plan) else plan
+
+
+def all_subsets(asked: Asked, now: Record, before: Record | None, truth: str) -> subsets.SubsetRun:
+    """Every on/off subset of the stacks, answered in one batch; kept, and handed on while the question is the same.
+
+    UserError where there is nothing to switch or to score.
+    """
+    full = everything(asked.engine.layout, asked.plan)
+    if not subsets.stacks_of(full):
+        raise UserError("There is a single injection here, so there are no subsets of stacks to show.")
+    key = ("subsets", full, truth)
+    if before is not None and key in before.memo and _same_question(before, now):
+        now.memo.setdefault(key, before.memo[key])
+    return now.once(key, lambda: _run(asked, full, truth))
+
+
+def _run(asked: Asked, full: Plan, truth: str) -> subsets.SubsetRun:
+    most = min(asked.sampling.max_new_tokens, MAX_NEW_TOKENS)
+    return subsets.run(asked.engine, asked.prompt, full, Sampling(max_new_tokens=most), truth or None)
+
+
+def _same_question(a: Record, b: Record) -> bool:
+    return (a.question, a.images, a.answer.model) == (b.question, b.images, b.answer.model)
+
+
+def strip(run: subsets.SubsetRun, plan: Plan, trained: Plan, truth: str) -> str:
+    """What the model says under every subset; the one of now is outlined."""
+    more = "" if run.plan == trained else "Here the first is ablated as well: the plan is not that of the training."
+    cost = markup.milliseconds(run.seconds)
+    title = f"<h3>Every subset at once <small>{len(run.rows)} plans, one batch, {cost}</small></h3>"
+    return f'<div class="dl-panel">{title}{charts.subset_strip(run, plan, truth)}{markup.say("subsets", more)}</div>'
+
+
+def effects(effect: norms.Effect) -> str:
+    """How far each source is felt, layer by layer."""
+    note = "<small>‖h on − h off‖ ÷ ‖h on‖ at image rows</small>"
+    table = charts.effect_table(effect)
+    return f'<div class="dl-panel"><h3>How far each source is felt {note}</h3>{table}{markup.say("effect")}</div>'
+
+
+def shares(run: subsets.SubsetRun) -> str:
+    """Which stack gave which part of the answer."""
+    title = f"<h3>Which stack gave which part? <small>shares of “{markup.escape(run.target[:40])}”</small></h3>"
+    return f'<div class="dl-panel">{title}{charts.shapley_bars(run)}{markup.say("shapley")}</div>'
+
+
+# ---- layout and wiring
+
+
+def build(desk: Desk, *, tab, picture, model, plan, settings, session, focus, bars, examples) -> tuple:
+    """Draws the tab and wires it. Returns (the example cards, how an event asks the question in focus)."""
+    with gr.Row(elem_classes=["dl-ask-row"]):
+        question = gr.Textbox(
+            show_label=False, placeholder="The question; Enter asks it again", elem_id="dl-live-question",
+            container=False, max_lines=3, max_length=desk.limits.max_text_chars,
+        )  # fmt: skip
+        end = gr.Button("Stop", size="sm", elem_id="dl-live-stop")
+    answer = gr.HTML(EMPTY, apply_default_css=False, elem_id="dl-live-answer")
+    with gr.Row(elem_id="dl-live-more"):
+        parts = gr.HTML(
+            "", js_on_load="lens.clicks(element, props, trigger)", apply_default_css=False, elem_id="dl-live-strip"
+        )
+        felt = gr.HTML("", apply_default_css=False, elem_id="dl-live-effects")
+    cards = examples()
+    inputs = [question, plan, model, *settings, session, focus]
+    outputs = [question, session, focus, answer, parts, felt, bars]
+    again = {"fn": bound(live, desk), "inputs": inputs, "outputs": outputs, "show_progress": "hidden", **MODEL}
+    fresh = {"js": "(question, ...rest) => ['', ...rest]"}  # the question in focus, not the one in the box
+    # Each change ends the answer before it, so no event waits for the one before: trigger_mode "multiple".
+    picture.live(
+        **again, api_name="live", js="(question, plan, ...rest) => [question, lens.plan, ...rest]",
+        trigger_mode="multiple",
+    )  # fmt: skip
+    question.submit(**again, api_name="ask_live", trigger_mode="multiple")
+    tab.select(**again, **fresh, api_name="open_stacks", trigger_mode="multiple")
+    end.click(bound(stop, desk), [session], None, api_name="stop_live", queue=False)
+    return cards, {**again, **fresh}

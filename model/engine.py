@@ -1,0 +1,629 @@
+"""One engine for every family: prompts, vision features, answers, replays.
+
+An answer is one prefill, in which the plan's injections happen, and a cached decode; looking is a second,
+teacher-forced pass. K plans are one batch of K rows. Nothing is stored on the model: a plan or probe lives in one call,
+and between two tokens of a stream no lock is held and no pass is active. Knows nothing about analysis or pages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import DynamicCache
+
+from model.decode import Choice, TextStream, choose, describe, generators
+from model.errors import UserError
+from model.families import Family
+from model.instrument import EffectRecorder, Injection, Pass, Recorder, TraceRecorder, active, install
+from model.plan import Plan
+from model.probe import Probe
+from model.prompt import CUT, Prompt, guard, guarded_messages
+from model.trace import Trace
+from model.types import Answer, ImageGrid, Message, Sampling, Token, View
+
+
+@dataclass(frozen=True, eq=False)
+class Sight:
+    """What the vision tower made of a prompt's images: per source the rows of all images in order."""
+
+    features: dict[str, Tensor]  # source -> [N, d], on the model's device; empty without images
+    seconds: float
+    cached: bool  # every image came from the cache
+
+
+class FeatureCache:
+    """Features by image content, least recently used out first, up to `max_bytes`."""
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes = max_bytes
+        self.bytes = 0
+        self._items: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> dict[str, Tensor] | None:
+        """The features of this image, None if they are not held."""
+        with self._lock:
+            found = self._items.get(key)
+            if found is not None:
+                self._items.move_to_end(key)
+            return found
+
+    def put(self, key: str, features: dict[str, Tensor]) -> None:
+        """Holds these features, unless they alone are over the limit."""
+        size = _bytes(features)
+        with self._lock:
+            if key in self._items or size > self.max_bytes:
+                return
+            self._items[key] = features
+            self.bytes += size
+            while self.bytes > self.max_bytes:
+                self.bytes -= _bytes(self._items.popitem(last=False)[1])
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        with self._lock:
+            self._items.clear()
+            self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+def _bytes(features: dict[str, Tensor]) -> int:
+    return sum(tensor.element_size() * tensor.nelement() for tensor in features.values())
+
+
+class Engine:
+    """A loaded model that answers under plans and can be looked into. Thread-safe: one lock around the device."""
+
+    def __init__(self, family: Family, *, name: str, reasons: Sequence[str] = (), cache_bytes: int = 512 * 2**20):
+        self.adapter = family
+        self.name = name
+        self.reasons = tuple(reasons)
+        self.layout = family.layout
+        self.family = family.layout.family
+        self.warnings = family.warnings
+        self.trained = family.trained
+        self.note = family.note
+        self.tokenizer = family.tokenizer
+        self.model = family.model.eval().requires_grad_(False)
+        self.device = family.embed.weight.device
+        self.dtype = family.embed.weight.dtype
+        self.max_tokens: int = family.decoder.config.max_position_embeddings
+        self.cache = FeatureCache(cache_bytes)
+        self.hooks = install(family.decoder)
+        self._end = family.end_tokens()
+        self._special = family.special_tokens()
+        self._pieces: dict[int, str] = {}
+        self._lock = threading.RLock()
+
+    def __repr__(self) -> str:
+        return f"Engine({self.name!r}, {self.family}, {self.device}, {self.dtype})"
+
+    @property
+    def memory_bytes(self) -> int:
+        """Weights and buffers, plus the features held in the cache."""
+        tensors = {t.data_ptr(): t for t in [*self.model.parameters(), *self.model.buffers()]}
+        return sum(t.element_size() * t.nelement() for t in tensors.values()) + self.cache.bytes
+
+    # Prompts and images
+
+    def prompt(self, messages: Sequence[Message]) -> Prompt:
+        """Tokenises a conversation that ends with a question. UserError if nothing is asked or it is too long."""
+        clean, images = guarded_messages(messages, self._special, self.adapter.fold_case)
+        ids = self._encode(self.adapter.render(clean))
+        grids = [self.adapter.grid(image) for image in images]
+        where = [i for i, token in enumerate(ids) if token == self.adapter.image_token_id]
+        if len(where) != len(images):
+            raise UserError(f"The chat template placed {len(where)} of {len(images)} images; check its template.")
+        long: list[int] = []
+        placed: list[ImageGrid] = []
+        start = 0
+        for index, (at, grid, image) in enumerate(zip(where, grids, images, strict=True)):
+            long += ids[start:at]
+            n = grid[0] * grid[1]
+            placed.append(ImageGrid(index, np.arange(len(long), len(long) + n, dtype=np.int64), grid, image.size))
+            long += [self.adapter.image_token_id] * n
+            start = at + 1
+        long += ids[start:]
+        if len(long) >= self.max_tokens:
+            visual = sum(len(grid.positions) for grid in placed)
+            raise UserError(
+                f"The conversation takes {len(long)} tokens ({visual} of them visual), but this model reads at most "
+                f"{self.max_tokens - 1}. Shorten it, or use fewer or smaller images."
+            )
+        input_ids = torch.tensor([long])
+        position_ids, next_position = self.adapter.positions(input_ids, grids)
+        texts = ["" if token == self.adapter.image_token_id else self._piece(token) for token in long]
+        extra = {
+            "position_ids": position_ids,
+            "next_position": next_position,
+            "image_keys": tuple(_content_key(image) for image in images),
+        }
+        return Prompt(input_ids, tuple(images), tuple(placed), extra, tuple(texts))
+
+    def views(self, image: Image.Image) -> tuple[View, ...]:
+        """What the model sees of this image, with its token grid."""
+        return self.adapter.views(image)
+
+    def see(self, prompt: Prompt) -> Sight:
+        """The vision tower, once per image whatever the plans: each image alone, cached by content."""
+        start = time.perf_counter()
+        cached = True
+        seen = []
+        for image, key in zip(prompt.images, prompt.extra["image_keys"], strict=True):
+            features = self.cache.get(key)
+            if features is None:
+                with self._device():
+                    features = self.cache.get(key)  # another request may have made it meanwhile
+                    if features is None:
+                        cached = False
+                        # Not in inference mode, even inside an answer: a later differentiable pass uses them too.
+                        with torch.inference_mode(False), torch.no_grad():
+                            features = {k: v.to(self.dtype) for k, v in self.adapter.encode(image).items()}
+                        self.cache.put(key, features)
+            seen.append(features)
+        names = [source.name for source in self.layout.sources] if seen else []
+        joined = {name: torch.cat([f[name] for f in seen]) if len(seen) > 1 else seen[0][name] for name in names}
+        return Sight(joined, time.perf_counter() - start, cached)
+
+    def features(self, prompt: Prompt) -> Tensor:
+        """What each source adds at gain 1: [sources, N, d] in the layout's order."""
+        seen = self.see(prompt).features
+        if not seen:
+            return torch.zeros(len(self.layout.sources), 0, self.layout.hidden_size, device=self.device)
+        return torch.stack([seen[source.name] for source in self.layout.sources])
+
+    # Answers
+
+    def stream(
+        self, prompt: Prompt, plan: Plan, sampling: Sampling | None = None, stop: threading.Event | None = None
+    ) -> AnswerStream:
+        """Yields tokens as they are made; `.answer` holds the answer so far. `stop` or `.close()` end it in a token."""
+        return AnswerStream(Generation(self, prompt, [plan], sampling or Sampling(), stop))
+
+    def answer(self, prompt: Prompt, plan: Plan, sampling: Sampling | None = None) -> Answer:
+        """One whole answer."""
+        return self.answer_many(prompt, [plan], sampling)[0]
+
+    def answer_many(
+        self,
+        prompt: Prompt,
+        plans: Sequence[Plan],
+        sampling: Sampling | None = None,
+        stop: threading.Event | None = None,
+    ) -> list[Answer]:
+        """One answer per plan, decoded together as one batch; each is what its plan would get alone."""
+        if not plans:
+            return []
+        generation = Generation(self, prompt, list(plans), sampling or Sampling(), stop)
+        while not generation.done:
+            generation.step()
+        return generation.answers()
+
+    # Looking
+
+    def score(self, prompt: Prompt, plan: Plan, text: str) -> tuple[Token, ...]:
+        """How probable this text is as the answer: its tokens, each given the ones before."""
+        ids = self._encode("".join(guard([text], self._special, self.adapter.fold_case)))
+        if not ids:
+            return ()
+        with torch.no_grad(), self._device():
+            hidden = self._run(prompt, [plan], ids)
+            logprobs = self._logits(hidden[0, -len(ids) - 1 : -1]).float().log_softmax(-1)
+            choices = describe(logprobs, torch.tensor(ids, device=self.device))
+        stream = TextStream(self.tokenizer)
+        return tuple(self._token(choice, stream) for choice in choices)
+
+    def next_tokens(
+        self, prompt: Prompt, plan: Plan, prefix_tokens: Sequence[int | Token] = (), top: int = 5
+    ) -> tuple[tuple[str, float], ...]:
+        """The most probable next tokens after `prefix_tokens` of an answer: (text, log-probability), best first."""
+        with torch.no_grad(), self._device():
+            hidden = self._run(prompt, [plan], _ids(prefix_tokens))
+            logprobs = self._logits(hidden[0, -1]).float().log_softmax(-1)
+            best, ids = logprobs.topk(min(top, logprobs.shape[-1]))
+        return tuple((self._piece(i), p) for i, p in zip(ids.tolist(), best.tolist(), strict=True))
+
+    def replay(self, prompt: Prompt, answer: Answer, plan: Plan, probe: Probe | None = None) -> Trace:
+        """One teacher-forced pass over prompt + answer that records what the probe asks. Never changes an answer."""
+        probe = probe or Probe()
+        start = time.perf_counter()
+        plan.validate(self.layout)
+        ids = _ids(answer.tokens)
+        length = prompt.input_ids.shape[1] + len(ids)
+        self._check(probe, length)
+        image = self._image_positions(prompt)
+        kept = image if probe.hidden_rows == "image" else torch.arange(length, device=self.device)
+        recorder = TraceRecorder(probe, image, kept, self.layout.n_layers)
+        with torch.no_grad(), self._device():
+            hidden = self._run(prompt, [plan], ids, recorder=recorder)
+            chosen = torch.tensor(ids, device=self.device)
+            logprobs = self._logits(hidden[0, -len(ids) - 1 : -1] if ids else hidden[0, :0])
+            logprobs = logprobs.float().log_softmax(-1).gather(1, chosen[:, None].long()).squeeze(1)
+            n, layers = len(image), self.layout.n_layers
+            rows = sorted({row for wish in probe.attention for row in wish.rows})
+            return Trace(
+                model=self.name,
+                plan=plan,
+                texts=prompt.texts + tuple(token.text for token in answer.tokens),
+                answer_start=prompt.input_ids.shape[1],
+                grids=prompt.grids,
+                residual_rms=_stack(recorder.residual, (layers + 1, length)),
+                before_rms=_stack(recorder.before, (layers, length)),
+                injected_rms={key: value.cpu().numpy() for key, value in recorder.injected.items()},
+                ratio=_stack(recorder.ratio, (layers, n)),
+                cosine=_stack(recorder.cosine, (layers, n)),
+                attention={layer: value.numpy() for layer, value in recorder.rows.items()},
+                attention_rows=tuple(rows),
+                hidden={layer: value.numpy() for layer, value in recorder.hidden.items()},
+                hidden_positions=kept.cpu().numpy(),
+                logprobs=logprobs.cpu().numpy(),
+                seconds=time.perf_counter() - start,
+            )
+
+    def image_effect(self, prompt: Prompt, answer: Answer | None, plan: Plan) -> np.ndarray:
+        """What each source changes: float32 [sources, L+1], |h_on - h_off| / |h_on| over all image rows (Frobenius).
+
+        Each source of the layout is switched off in turn, all in one batch; 0 for a source not in the plan. Axis 1: the
+        input of each layer after injection, then the final output. Images come before the answer, so it has no part.
+        """
+        plan.validate(self.layout)
+        used = plan.sources()
+        effect = np.zeros((len(self.layout.sources), self.layout.n_layers + 1), dtype=np.float32)
+        if not used or not prompt.images:
+            return effect
+        recorder = EffectRecorder(self._image_positions(prompt))
+        with torch.no_grad(), self._device():
+            self._run(prompt, [plan, *(plan.without(name) for name in used)], (), recorder=recorder)
+            found = torch.stack(recorder.effect, dim=1).cpu().numpy()  # [used, L+1]
+        names = [source.name for source in self.layout.sources]
+        for row, name in zip(found, used, strict=True):
+            effect[names.index(name)] = row
+        return effect
+
+    # Differentiable passes
+
+    def logits(
+        self,
+        prompt: Prompt,
+        plan: Plan,
+        answer: Answer | Sequence[int | Token] = (),
+        features: Tensor | None = None,
+        grad: bool = False,
+    ) -> Tensor:
+        """Logits [T, V] of one pass over prompt + answer.
+
+        `features` [sources, N, d] replaces what the vision tower saw (see `Engine.features`); with `grad` the result
+        is differentiable with respect to it. A leading batch axis [B, sources, N, d] gives [B, T, V].
+        """
+        with torch.set_grad_enabled(grad), self._device():
+            hidden = self._run(prompt, [plan], _ids(answer), features=features)
+            logits = self._logits(hidden)
+        return logits if features is not None and features.ndim == 4 else logits[0]
+
+    def logprob_of(
+        self, prompt: Prompt, answer: Answer | Sequence[int | Token], plan: Plan, row_gains: Tensor
+    ) -> Tensor:
+        """Log-probability of each answer token as a differentiable function of a gain per source and image row.
+
+        row_gains [sources, N] -> [answer tokens], or [B, sources, N] -> [B, answer tokens], which is the function an
+        attribution method wants: all ones is the plan as it is, all zeros is no image. Sources are in the layout's
+        order; the plan's own gains and layers apply on top.
+        """
+        ids = _ids(answer)
+        features = self.features(prompt) * row_gains.to(self.device, self.dtype)[..., None]
+        with torch.set_grad_enabled(torch.is_grad_enabled()), self._device():
+            hidden = self._run(prompt, [plan], ids, features=features)
+            logprobs = self._logits(hidden[:, hidden.shape[1] - len(ids) - 1 : -1]).float().log_softmax(-1)
+            chosen = torch.tensor(ids, device=self.device, dtype=torch.long).expand(len(logprobs), -1)
+            out = logprobs.gather(2, chosen[..., None]).squeeze(-1)
+        return out if row_gains.ndim == 3 else out[0]
+
+    # Inside
+
+    @contextmanager
+    def _device(self) -> Iterator[None]:
+        """The device for one forward pass. Running out of memory becomes a sentence; nothing stays behind."""
+        with self._lock:
+            try:
+                yield
+            except torch.OutOfMemoryError as error:
+                torch.cuda.empty_cache()
+                raise UserError(
+                    f"{self.name} ran out of memory on {self.device}. Use a smaller image, a shorter conversation or "
+                    "fewer plans at once."
+                ) from error
+
+    def _pass(
+        self, prompt: Prompt, plans: Sequence[Plan], features: dict[str, Tensor], recorder: Recorder | None = None
+    ) -> Pass:
+        """The injections of `plans`, one batch row each."""
+        injections: dict[int, list[Injection]] = {}
+        if prompt.images:
+            for plan in plans:
+                plan.validate(self.layout)
+            pairs = dict.fromkeys((e.source, e.layer) for plan in plans for e in plan)
+            for source, layer in pairs:
+                gains = tuple(plan.gain(source, layer) for plan in plans)
+                injections.setdefault(layer, []).append(Injection(source, gains, features[source]))
+        return Pass(injections, self._image_positions(prompt), recorder)
+
+    def _image_positions(self, prompt: Prompt) -> Tensor:
+        positions = [grid.positions for grid in prompt.grids]
+        joined = np.concatenate(positions) if positions else np.zeros(0, dtype=np.int64)
+        return torch.from_numpy(joined).to(self.device)
+
+    def _embeddings(self, ids: Tensor, image: Tensor) -> Tensor:
+        """Input embeddings [1, T, d] with zeros at the image rows: the base is an injection like any other."""
+        embeddings = self.adapter.embed(ids)
+        if len(image):
+            embeddings[:, image] = 0
+        return embeddings
+
+    def _run(
+        self,
+        prompt: Prompt,
+        plans: Sequence[Plan],
+        answer_ids: Sequence[int],
+        *,
+        features: Tensor | None = None,
+        recorder: Recorder | None = None,
+        cache: DynamicCache | None = None,
+    ) -> Tensor:
+        """One pass over prompt + answer_ids with injection: normed hidden states [B, T, d]. Call under the lock."""
+        if features is None:
+            seen = self.see(prompt).features
+            batch = len(plans)
+        else:
+            seen = {source.name: features.select(-3, i) for i, source in enumerate(self.layout.sources)}
+            batch = len(features) if features.ndim == 4 else 1
+        ids = prompt.input_ids
+        positions = prompt.extra["position_ids"]
+        if answer_ids:
+            ids = torch.cat([ids, torch.tensor([list(answer_ids)])], dim=1)
+            if ids.shape[1] > self.max_tokens:
+                raise UserError(
+                    f"The conversation and its answer take {ids.shape[1]} tokens, but this model reads at most "
+                    f"{self.max_tokens}. Shorten one of them."
+                )
+            more = prompt.extra["next_position"] + torch.arange(len(answer_ids))
+            positions = torch.cat([positions, more.expand(*positions.shape[:-1], -1)], dim=-1)
+        current = self._pass(prompt, plans, seen, recorder)
+        embeddings = self._embeddings(ids.to(self.device), current.positions).expand(batch, -1, -1)
+        with active(current):
+            return self.adapter.decoder(
+                inputs_embeds=embeddings,
+                position_ids=positions.to(self.device),
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).last_hidden_state
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.adapter.lm_head(hidden)
+
+    def _encode(self, text: str) -> list[int]:
+        """Token ids of rendered text; no token spans a `CUT`."""
+        ids: list[int] = []
+        for piece in text.split(CUT):
+            if piece:
+                ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _piece(self, token: int) -> str:
+        """The text of one token by itself, special tokens by name."""
+        text = self._pieces.get(token)
+        if text is None:
+            text = self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            self._pieces[token] = text
+        return text
+
+    def _token(self, choice: Choice, stream: TextStream) -> Token:
+        return Token(
+            choice.id, stream.add(choice.id), choice.logprob, tuple((self._piece(i), p) for i, p in choice.top)
+        )
+
+    def _check(self, probe: Probe, length: int) -> None:
+        layers = self.layout.n_layers
+        for wish in probe.attention:
+            if any(not 0 <= layer < layers for layer in wish.layers):
+                raise UserError(f"Attention of layers {wish.layers} was asked for; this model has 0 to {layers - 1}.")
+            if any(not 0 <= row < length for row in wish.rows):
+                raise UserError(f"Attention of positions {wish.rows} was asked for; there are 0 to {length - 1}.")
+        if any(not 0 <= layer <= layers for layer in probe.hidden):
+            raise UserError(f"Hidden states {probe.hidden} were asked for; this model has 0 to {layers}.")
+        if probe.hidden_rows not in ("all", "image"):
+            raise UserError(f"hidden_rows is {probe.hidden_rows!r}; it must be all or image.")
+
+
+@dataclass
+class _Row:
+    """One answer being made."""
+
+    plan: Plan
+    text: TextStream
+    draw: torch.Generator | None
+    tokens: list[Token] = field(default_factory=list)
+    stopped: str = ""  # "" while it runs
+    seconds: float = 0.0
+
+
+class Generation:
+    """K answers to one prompt under K plans, made token by token as one batch. One thread at a time."""
+
+    def __init__(
+        self, engine: Engine, prompt: Prompt, plans: list[Plan], sampling: Sampling, stop: threading.Event | None
+    ):
+        for plan in plans:
+            plan.validate(engine.layout)
+        self.engine, self.prompt, self.sampling, self.stop = engine, prompt, sampling, stop
+        draws = generators(sampling, len(plans))
+        self.rows = [_Row(p, TextStream(engine.tokenizer), g) for p, g in zip(plans, draws, strict=True)]
+        self._live = list(range(len(plans)))  # rows of the batch, in order
+        self._cache: DynamicCache | None = None
+        self._limit = min(sampling.max_new_tokens, engine.max_tokens - prompt.input_ids.shape[1])
+        self._made = 0
+        self._start = time.perf_counter()
+        self._first = 0.0
+        self._sight: Sight | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether every row has ended."""
+        return not self._live
+
+    def step(self) -> dict[int, Token]:
+        """One token for every row that still runs: row -> token, without rows that just ended."""
+        if self.stop is not None and self.stop.is_set():
+            self.end("stopped")
+        if self.done:
+            return {}
+        engine = self.engine
+        try:
+            with torch.inference_mode(), engine._device():
+                logits = self._prefill() if self._cache is None else self._decode()
+                choices = choose(logits, self.sampling, [self.rows[i].draw for i in self._live])
+        except BaseException:
+            self.end("stopped")
+            raise
+        now = time.perf_counter() - self._start
+        self._first = self._first or now
+        self._made += 1
+        made: dict[int, Token] = {}
+        for i, choice in zip(self._live, choices, strict=True):
+            row = self.rows[i]
+            row.seconds = now
+            if choice.id in engine._end:
+                row.stopped = "end"
+                continue
+            made[i] = engine._token(choice, row.text)
+            row.tokens.append(made[i])
+            if self._made >= self._limit:
+                row.stopped = "length"
+        keep = [at for at, i in enumerate(self._live) if not self.rows[i].stopped]
+        if keep and len(keep) < len(self._live):
+            self._cache.batch_select_indices(torch.tensor(keep, device=engine.device))
+        self._live = [self._live[at] for at in keep]
+        if self.done:
+            self._cache = None
+        return made
+
+    def end(self, why: str) -> None:
+        """Ends the rows that still run and lets go of the cache."""
+        for i in self._live:
+            self.rows[i].stopped = why
+            self.rows[i].seconds = time.perf_counter() - self._start
+        self._live = []
+        self._cache = None
+
+    def answers(self) -> list[Answer]:
+        """One per plan, as far as they got."""
+        engine, prompt = self.engine, self.prompt
+        sight = self._sight or Sight({}, 0.0, False)
+        return [
+            Answer(
+                model=engine.name,
+                plan=row.plan,
+                text="".join(token.text for token in row.tokens),
+                tokens=tuple(row.tokens),
+                seconds=row.seconds,
+                first_token_seconds=self._first,
+                vision_seconds=sight.seconds,
+                vision_cached=sight.cached,
+                stopped=row.stopped or "stopped",
+                prompt_tokens=prompt.input_ids.shape[1],
+                visual_tokens=prompt.visual_tokens,
+                device=str(engine.device),
+            )
+            for row in self.rows
+        ]
+
+    def _prefill(self) -> Tensor:
+        """Logits [K, V] after the prompt; all injection happens here."""
+        engine = self.engine
+        self._sight = engine.see(self.prompt)
+        self._cache = DynamicCache(config=engine.adapter.decoder.config)
+        hidden = engine._run(self.prompt, [row.plan for row in self.rows], (), cache=self._cache)
+        return engine._logits(hidden[:, -1])
+
+    def _decode(self) -> Tensor:
+        """Logits [live rows, V] after the last tokens, nothing injected."""
+        engine = self.engine
+        last = torch.tensor([[self.rows[i].tokens[-1].id] for i in self._live], device=engine.device)
+        shape = self.prompt.extra["position_ids"].shape[:-1]
+        position = self.prompt.extra["next_position"] + self._made - 1
+        hidden = engine.adapter.decoder(
+            inputs_embeds=engine.adapter.embed(last),
+            position_ids=torch.full((*shape, 1), position, device=engine.device),
+            past_key_values=self._cache,
+            use_cache=True,
+        ).last_hidden_state
+        return engine._logits(hidden[:, -1])
+
+
+class AnswerStream:
+    """Iterates over the tokens of one answer. Safe to resume in another thread or context, and to drop at any time."""
+
+    def __init__(self, generation: Generation):
+        self._generation = generation
+
+    def __iter__(self) -> AnswerStream:
+        return self
+
+    def __next__(self) -> Token:
+        made = self._generation.step()
+        if not made:
+            raise StopIteration
+        return made[0]
+
+    @property
+    def done(self) -> bool:
+        """Whether the answer is complete or was stopped."""
+        return self._generation.done
+
+    @property
+    def answer(self) -> Answer:
+        """The answer so far, complete once the iteration has ended."""
+        return self._generation.answers()[0]
+
+    def close(self) -> None:
+        """Ends the answer where it is."""
+        self._generation.end("stopped")
+
+    def __enter__(self) -> AnswerStream:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+
+def _ids(tokens: Answer | Sequence[int | Token]) -> list[int]:
+    """Token ids of an answer, of tokens, or of ids themselves."""
+    if isinstance(tokens, Answer):
+        tokens = tokens.tokens
+    return [token.id if isinstance(token, Token) else int(token) for token in tokens]
+
+
+def _stack(rows: list[Tensor], shape: tuple[int, int]) -> np.ndarray:
+    """Recorded rows -> float32 array; an empty one [0, columns] where nothing was recorded."""
+    if not rows:
+        return np.zeros((0, shape[1]), dtype=np.float32)
+    return torch.stack(rows).float().cpu().numpy().reshape(shape)
+
+
+def _content_key(image: Image.Image) -> str:
+    """Equal for equal pixels."""
+    digest = hashlib.blake2b(f"{image.mode} {image.size} ".encode(), digest_size=16)
+    digest.update(image.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,258 @@
+"""DeepStack-L on a LLaVA-shaped model: a global view, and a high-resolution view dilated into stacks.
+
+CLIP tower, two-layer projector, Llama decoder (`LlavaForConditionalGeneration`), plus one config entry "deepstack":
+{"merge": "stack" | "none" | "concat", "num_crops": 4, "sampling": "2d", "start": 1, "interval": 1}.
+merge "none" sees the global view only; "concat" merges both views once, on the feature axis before the projector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer, LlavaForConditionalGeneration, PreTrainedConfig
+from transformers.image_processing_utils import select_best_resolution
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from model.engine import Engine
+from model.errors import UserError
+from model.families import Family, load_kwargs
+from model.layout import Layout, StackSource
+from model.plan import BASE, Plan
+from model.prompt import Prompt
+from model.types import View
+
+DEFAULTS = {"merge": "stack", "num_crops": 4, "sampling": "2d", "start": 1, "interval": 1}
+TRAINED = {
+    "stack": "trained with stacks",
+    "none": "trained single injection",
+    "concat": "trained with one merge (dimension concatenation)",
+}
+NOTES = {
+    "stack": "A global view enters at the input, a dilated high-resolution view layer by layer.",
+    "none": "Sees the global view only; it enters once, at the input.",
+    "concat": "Sees the same pixels as the stacks, merged once on the feature axis; they enter once, at the input.",
+}
+
+
+class DeepStackLlava(Family):
+    """`LlavaForConditionalGeneration` with a "deepstack" entry in its config."""
+
+    name = "deepstack_llava"
+    title = "DeepStack-L"
+    model_types = ("llava",)
+    needs = "a LLaVA-shaped folder whose config.json has a “deepstack” entry, as the embedded models have"
+    fold_case = True  # the embedded models' chat template lower-cases user text
+
+    def __init__(self, model: LlavaForConditionalGeneration, tokenizer, processor: CLIPImageProcessorPil):
+        self.model, self.tokenizer, self.processor = model, tokenizer, processor
+        self.decoder = model.model.language_model
+        self.settings = settings_of(model.config)
+        self.layout, self.warnings = layout_of(model.config)
+        self.trained = TRAINED[self.settings["merge"]]
+        self.note = NOTES[self.settings["merge"]]
+        vision = model.config.vision_config
+        self.tile = vision.image_size  # pixels, one side of a view or tile
+        self.side = vision.image_size // vision.patch_size  # tokens, one side
+        layers = model.config.vision_feature_layer
+        self.vision_layer = layers if isinstance(layers, int) else layers[0]
+        self._mean = np.asarray(processor.image_mean, dtype=np.float32)
+        self._std = np.asarray(processor.image_std, dtype=np.float32)
+
+    @classmethod
+    def matches(cls, config: PreTrainedConfig) -> bool:
+        return config.model_type in cls.model_types and isinstance(getattr(config, "deepstack", None), dict)
+
+    @classmethod
+    def build(
+        cls,
+        source: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        name: str | None = None,
+        reasons: Sequence[str] = (),
+        **hub: Any,
+    ) -> Engine:
+        source = str(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub)
+        processor = CLIPImageProcessorPil.from_pretrained(source, **hub)
+        model = LlavaForConditionalGeneration.from_pretrained(source, **load_kwargs(device, dtype, hub))
+        return Engine(cls(model, tokenizer, processor), name=name or source, reasons=reasons)
+
+    @staticmethod
+    def layout_of(config: PreTrainedConfig) -> tuple[Layout, tuple[str, ...]]:
+        return layout_of(config)
+
+    @property
+    def image_token_id(self) -> int:
+        return self.model.config.image_token_id
+
+    def grid(self, image: Image.Image) -> tuple[int, int]:
+        return self.side, self.side
+
+    def positions(self, input_ids: Tensor, grids: Sequence[tuple[int, int]]) -> tuple[Tensor, int]:
+        length = input_ids.shape[1]
+        return torch.arange(length)[None], length
+
+    def low_resolution(self, image: Image.Image) -> Image.Image:
+        """The global view: the whole image squashed to one tile."""
+        return image.resize((self.tile, self.tile), Image.Resampling.BICUBIC)
+
+    def high_resolution(self, image: Image.Image) -> tuple[Image.Image, tuple[int, int]]:
+        """The high-resolution view (stretched, not padded) and its tiles as (rows, columns)."""
+        rows, columns = best_grid(image.size, self.tile, self.settings["num_crops"])
+        size = (columns * self.tile, rows * self.tile)
+        return image.resize(size, Image.Resampling.BICUBIC), (rows, columns)
+
+    def _pixels(self, views: list[Image.Image]) -> Tensor:
+        """Views of one tile each -> [B, 3, tile, tile], normalised."""
+        pixels = np.stack([np.asarray(view, dtype=np.float32) for view in views]) / 255.0
+        pixels = (pixels - self._mean) / self._std
+        parameter = self.model.model.multi_modal_projector.linear_1.weight
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).to(parameter.device, parameter.dtype)
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        """[B, 3, tile, tile] -> [B, side, side, vision width]: the tower's selected layer, without the class token."""
+        states = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[self.vision_layer]
+        if self.model.config.vision_feature_select_strategy == "default":
+            states = states[:, 1:]
+        return states.unflatten(1, (self.side, self.side))
+
+    def encode(self, image: Image.Image) -> dict[str, Tensor]:
+        image = image.convert("RGB")
+        project = self.model.model.multi_modal_projector
+        # The global view goes alone, as in plain LLaVA: in a batch with the tiles its last bits would depend on them.
+        low = self._features(self._pixels([self.low_resolution(image)]))
+        low = low.flatten(0, 2)  # [N, vision width]
+        if self.settings["merge"] == "none":
+            return {BASE: project(low)}
+        high, grid = self.high_resolution(image)
+        seen = self._features(self._pixels(tiles(high, self.tile)))
+        n_sets = self.settings["num_crops"]
+        if self.settings["merge"] == "concat":
+            return {BASE: project(torch.cat([low, *dilate(mosaic(seen, grid), grid, n_sets)], dim=-1))}
+        stacks = dilate(mosaic(project(seen), grid), grid, n_sets)
+        return {BASE: project(low), **{str(k): rows for k, rows in enumerate(stacks)}}
+
+    def views(self, image: Image.Image) -> tuple[View, ...]:
+        image = image.convert("RGB")
+        low = View("global view", self.low_resolution(image), self.grid(image))
+        if self.settings["merge"] == "none":
+            return (low,)
+        high, (rows, columns) = self.high_resolution(image)
+        shape = (rows * self.side, columns * self.side)
+        owners = tuple(tuple(str((y % rows) * columns + x % columns) for x in range(shape[1])) for y in range(shape[0]))
+        return low, View("high-resolution view", high, shape, owners if self.settings["merge"] == "stack" else None)
+
+    def plain_inputs(self, prompt: Prompt) -> tuple[dict[str, Tensor], Plan] | None:
+        if self.settings["merge"] == "concat":
+            return None  # transformers would feed the global view five times
+        inputs = {"input_ids": prompt.input_ids, "attention_mask": torch.ones_like(prompt.input_ids)}
+        if prompt.images:
+            inputs["pixel_values"] = self._pixels(
+                [self.low_resolution(image.convert("RGB")) for image in prompt.images]
+            ).cpu()
+        return inputs, Plan([(BASE, 0, 1.0)])
+
+
+def best_grid(size: tuple[int, int], tile: int, num_crops: int) -> tuple[int, int]:
+    """The paper's choice of tiles (rows, columns) for an image of `size` (width, height): 2 to num_crops."""
+    candidates = [
+        (rows, columns)
+        for columns in range(1, num_crops + 1)
+        for rows in range(1, num_crops // columns + 1)
+        if (rows, columns) != (1, 1)
+    ]
+    sizes = [(rows * tile, columns * tile) for rows, columns in candidates]
+    height, width = select_best_resolution((size[1], size[0]), sizes)
+    return height // tile, width // tile
+
+
+def tiles(image: Image.Image, tile: int) -> list[Image.Image]:
+    """Cuts an image whose sides are multiples of `tile`, row-major."""
+    return [
+        image.crop((left, top, left + tile, top + tile))
+        for top in range(0, image.height, tile)
+        for left in range(0, image.width, tile)
+    ]
+
+
+def mosaic(features: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Tiles [rows*columns, n, n, d] (row-major) -> one map [rows*n, columns*n, d]."""
+    rows, columns = grid
+    n, d = features.shape[1], features.shape[-1]
+    return features.reshape(rows, columns, n, n, d).transpose(1, 2).reshape(rows * n, columns * n, d)
+
+
+def dilate(features: Tensor, grid: tuple[int, int], n_sets: int) -> list[Tensor]:
+    """2d sampling: a map [rows*n, columns*n, d] -> n_sets sets [n*n, d], set (i, j) = features[i::rows, j::columns].
+
+    Sets beyond rows*columns are zero: adding them changes nothing.
+    """
+    rows, columns = grid
+    sets = [features[i::rows, j::columns].flatten(0, 1) for i in range(rows) for j in range(columns)]
+    return sets + [torch.zeros_like(sets[0])] * (n_sets - len(sets))
+
+
+def settings_of(config: PreTrainedConfig) -> dict:
+    """The config's "deepstack" entry with the paper's defaults filled in; UserError where it cannot be run."""
+    settings = {**DEFAULTS, **config.deepstack}
+    if settings["merge"] not in TRAINED:
+        raise UserError(f"deepstack.merge is {settings['merge']!r}; it must be one of {', '.join(TRAINED)}.")
+    if settings["sampling"] != "2d":
+        raise UserError(f"deepstack.sampling is {settings['sampling']!r}; only 2d is supported.")
+    if settings["num_crops"] < 2 or settings["interval"] < 1 or settings["start"] < 0:
+        raise UserError(f"deepstack needs num_crops ≥ 2, interval ≥ 1 and start ≥ 0, not {config.deepstack}.")
+    return settings
+
+
+def _label(k: int, num_crops: int) -> str:
+    """Where set k lies in the high-resolution view of a square image."""
+    side = round(num_crops**0.5)
+    if side * side != num_crops:
+        return f"sample {k} of the high-resolution view"
+    return f"sample {k} · rows {k // side}::{side}, cols {k % side}::{side}"
+
+
+def layout_of(config: PreTrainedConfig) -> tuple[Layout, tuple[str, ...]]:
+    """The layout a config gives, and warnings in words about stacks that its start and interval put nowhere."""
+    settings = settings_of(config)
+    layers = config.text_config.num_hidden_layers
+    start, interval = settings["start"], settings["interval"]
+    sources = [StackSource(BASE, "global view", None, 0, "put in place of the image tokens' embeddings")]
+    entries = [(BASE, 0, 1.0)]
+    late = []
+    if settings["merge"] == "stack":
+        for k in range(settings["num_crops"]):
+            layer = start + k * interval
+            home = min(layer, layers - 1)
+            words = f"added before LLM layer {layer} (start {start}, interval {interval})"
+            sources.append(StackSource(str(k), _label(k, settings["num_crops"]), None, home, words))
+            if layer < layers:
+                entries.append((str(k), layer, 1.0))
+            else:
+                late.append(str(k))
+    convention = "DeepStack-L's code adds stack k before LLM layer start + k·interval, the same convention as here."
+    if settings["merge"] != "stack":
+        convention = "This model has no stacks: the image enters once, before LLM layer 0."
+    layout = Layout(
+        family=DeepStackLlava.name,
+        sources=tuple(sources),
+        n_layers=layers,
+        n_vision_layers=config.vision_config.num_hidden_layers,
+        hidden_size=config.text_config.hidden_size,
+        default=Plan(entries),
+        convention=convention,
+    )
+    warnings = ()
+    if late:
+        warnings = (
+            f"Stack {', '.join(late)} would enter before a layer that the LLM does not have (start {start}, interval "
+            f"{interval}, layers 0 to {layers - 1}): the paper's loop never adds it, the default plan leaves it out.",
+        )
+    return layout, warnings

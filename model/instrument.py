@@ -1,0 +1,216 @@
+"""Injection and recording: hooks installed once on a decoder, inert unless a ContextVar names the active pass.
+
+One pre-hook per decoder layer does all injection, for every family: the family's own injection is never called. A pass
+is active only inside one prefill or replay call of one thread, so nothing has to be removed afterwards and concurrent
+requests cannot see one another. Knows nothing about families, tokens or images; not safe under torch.compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from model.probe import Probe
+
+ATTENTION = "deepstack_lens"  # name of the attention function in transformers' registry
+
+
+class Injection(NamedTuple):
+    """`gains[b] * rows` is added for batch row b."""
+
+    source: str
+    gains: tuple[float, ...]  # [B]
+    rows: Tensor  # [N, d] or [B, N, d]
+
+    def scaled(self) -> Tensor:
+        """[N, d] if every batch row gets the same, else [B, N, d]."""
+        if all(gain == self.gains[0] for gain in self.gains):
+            return self.rows if self.gains[0] == 1.0 else self.rows * self.gains[0]
+        return self.rows * self.rows.new_tensor(self.gains)[:, None, None]
+
+
+class Recorder(Protocol):
+    """What a pass can be asked to write down. Tensors are those of the running pass: copy what you keep."""
+
+    def layer_input(self, layer: int, before: Tensor, injected: dict[str, Tensor], after: Tensor) -> None:
+        """Input of `layer` before and after injection [B, T, d]; injected: source -> [N, d] or [B, N, d]."""
+
+    def final(self, hidden: Tensor) -> None:
+        """Output of the last layer [B, T, d], before the final norm."""
+
+    def attention(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
+        """Query [B, H, T, hd] and key [B, H_kv, T, hd] of `layer`, rotated."""
+
+
+@dataclass
+class Pass:
+    """One forward pass: what enters before which layer, at which sequence positions, and who writes down."""
+
+    injections: dict[int, list[Injection]]
+    positions: Tensor | None  # int64 [N], device of the model
+    recorder: Recorder | None = None
+
+    def before_layer(self, layer: int, hidden: Tensor) -> Tensor:
+        """The layer's input with this pass's injections added; the tensor itself where there are none."""
+        wanted = self.injections.get(layer, ())
+        after, parts = hidden, {}
+        if wanted:
+            parts = {injection.source: injection.scaled() for injection in wanted}
+            total = None
+            for part in parts.values():
+                total = part if total is None else total + part
+            after = hidden.clone()
+            after[:, self.positions] += total
+        if self.recorder is not None:
+            self.recorder.layer_input(layer, hidden, parts, after)
+        return after
+
+
+_ACTIVE: ContextVar[Pass | None] = ContextVar("deepstack_lens_pass", default=None)
+
+
+@contextmanager
+def active(current: Pass) -> Iterator[Pass]:
+    """Makes `current` the pass of this thread. Never yield to a caller inside: a generator may resume elsewhere."""
+    token = _ACTIVE.set(current)
+    try:
+        yield current
+    finally:
+        _ACTIVE.reset(token)
+
+
+def install(decoder: nn.Module) -> list:
+    """Hooks a decoder (`.layers`, `.norm`) once, at load. Returns the handles.
+
+    Without an active pass each hook costs one ContextVar read and changes nothing.
+    """
+    decoder.set_attn_implementation(ATTENTION)
+    handles = []
+    for index, layer in enumerate(decoder.layers):
+
+        def before(module: nn.Module, args: tuple, index: int = index):
+            current = _ACTIVE.get()
+            if current is None or (current.recorder is None and index not in current.injections):
+                return None
+            return (current.before_layer(index, args[0]), *args[1:])
+
+        handles.append(layer.register_forward_pre_hook(before))
+
+    def before_norm(module: nn.Module, args: tuple) -> None:
+        current = _ACTIVE.get()
+        if current is not None and current.recorder is not None:
+            current.recorder.final(args[0])
+
+    handles.append(decoder.norm.register_forward_pre_hook(before_norm))
+    return handles
+
+
+def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
+    """transformers' SDPA attention; a recording pass sees query and key as well."""
+    current = _ACTIVE.get()
+    if current is not None and current.recorder is not None:
+        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        current.recorder.attention(module.layer_idx, query, key, scaling)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def rms(rows: Tensor) -> Tensor:
+    """[..., d] -> float32 [...]: sqrt(mean(x^2))."""
+    return rows.float().pow(2).mean(-1).sqrt()
+
+
+@dataclass
+class TraceRecorder:
+    """Records one batch row (B = 1) of a full pass over prompt and answer, as a Probe asks."""
+
+    probe: Probe
+    positions: Tensor  # int64 [N] image rows
+    hidden_positions: Tensor  # int64 [rows]
+    n_layers: int
+    residual: list[Tensor] = field(default_factory=list)  # [T] per layer, then the final output
+    before: list[Tensor] = field(default_factory=list)  # [T] per layer
+    injected: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # [N]
+    ratio: list[Tensor] = field(default_factory=list)  # [N] per layer
+    cosine: list[Tensor] = field(default_factory=list)  # [N] per layer
+    hidden: dict[int, Tensor] = field(default_factory=dict)  # [rows, d]
+    rows: dict[int, Tensor] = field(default_factory=dict)  # [H, Q, T] attention
+
+    def layer_input(self, layer: int, before: Tensor, injected: dict[str, Tensor], after: Tensor) -> None:
+        if layer in self.probe.hidden:
+            self.hidden[layer] = after[0, self.hidden_positions].float().cpu()
+        if not self.probe.norms:
+            return
+        self.before.append(rms(before[0]))
+        self.residual.append(rms(after[0]) if injected else self.before[-1])
+        n = len(self.positions)
+        if not injected:
+            self.ratio.append(torch.zeros(n, device=before.device))
+            self.cosine.append(torch.full((n,), torch.nan, device=before.device))
+            return
+        for source, part in injected.items():
+            self.injected[source, layer] = rms(part)
+        total = sum(part.float() for part in injected.values())
+        image = before[0, self.positions].float()
+        length = image.norm(dim=-1)
+        self.ratio.append(total.norm(dim=-1) / length)  # inf where the residual is zero, as under base@0
+        cosine = (total * image).sum(-1) / (total.norm(dim=-1) * length)
+        self.cosine.append(cosine)
+
+    def final(self, hidden: Tensor) -> None:
+        if self.n_layers in self.probe.hidden:
+            self.hidden[self.n_layers] = hidden[0, self.hidden_positions].float().cpu()
+        if self.probe.norms:
+            self.residual.append(rms(hidden[0]))
+
+    def attention(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
+        wanted = self.probe.attention_rows(layer)
+        if wanted:
+            self.rows[layer] = attention_rows(query, key, scaling, wanted)[0].cpu()
+
+
+def attention_rows(query: Tensor, key: Tensor, scaling: float, positions: Sequence[int]) -> Tensor:
+    """Causal softmax rows float32 [B, H, Q, T] of the queries at `positions`, for a pass without cache.
+
+    query [B, H, T, hd], key [B, H_kv, T, hd]; keys after a query get exactly 0.
+    """
+    at = torch.tensor(positions, device=query.device)
+    key = repeat_kv(key, query.shape[1] // key.shape[1])
+    scores = (query[:, :, at] @ key.transpose(2, 3)) * scaling  # [B, H, Q, T]
+    later = torch.arange(key.shape[2], device=query.device) > at[:, None]
+    return scores.float().masked_fill(later, -torch.inf).softmax(-1)
+
+
+@dataclass
+class EffectRecorder:
+    """How far batch rows 1.. stand from batch row 0 at the image rows, before each layer and at the end."""
+
+    positions: Tensor  # int64 [N]
+    effect: list[Tensor] = field(default_factory=list)  # [B-1] per layer, then the final output
+
+    def _add(self, hidden: Tensor) -> None:
+        image = hidden[:, self.positions].float()  # [B, N, d]
+        length = image[0].norm()
+        change = (image[1:] - image[:1]).flatten(1).norm(dim=1)
+        self.effect.append(torch.where(change > 0, change / length, torch.zeros_like(change)))
+
+    def layer_input(self, layer: int, before: Tensor, injected: dict[str, Tensor], after: Tensor) -> None:
+        self._add(after)
+
+    def final(self, hidden: Tensor) -> None:
+        self._add(hidden)
+
+    def attention(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
+        """Attention is not compared."""

@@ -1,0 +1,47 @@
+"""What one loaded model offers to plans: its sources of visual rows, its layers, its default plan, its own words.
+
+Knows nothing about tensors; families make layouts, everything else reads them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.errors import UserError
+from model.plan import BASE, Plan
+
+
+@dataclass(frozen=True)
+class StackSource:
+    """One set of visual rows [N, d] that a plan can inject."""
+
+    name: str  # "base", "0", "1", …
+    label: str  # for people: "tap after vision block 5", "sample 0 · rows 0::2, cols 0::2"
+    tap: int | None  # 0-based vision block whose output it is made from; None for a high-resolution sample or the base
+    home: int  # the layer before which the default plan injects it
+    own_words: str  # the family's own words: "added after LLM layer 0"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The control surface of a model: sources x layers, and the plan it was trained with."""
+
+    family: str
+    sources: tuple[StackSource, ...]  # base first
+    n_layers: int  # decoder layers of the LLM
+    n_vision_layers: int
+    hidden_size: int  # d of the residual stream
+    default: Plan
+    convention: str  # one sentence in the family's words
+
+    @property
+    def stack_names(self) -> tuple[str, ...]:
+        """The stacks' names, without the base."""
+        return tuple(source.name for source in self.sources if source.name != BASE)
+
+    def source(self, name: str) -> StackSource:
+        """The source of this name; UserError if there is none."""
+        for source in self.sources:
+            if source.name == name:
+                return source
+        raise UserError(f"There is no source “{name}”; this model has {', '.join(s.name for s in self.sources)}.")

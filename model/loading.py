@@ -1,0 +1,410 @@
+"""From a name to an engine: embedded checkpoints, folders, hub ids; device and number format, chosen and explained.
+
+Whatever is wrong with a name, a folder or a download becomes one clear sentence before weights are read. Only
+safetensors are opened and no code of a checkpoint is ever run. Knows nothing about prompts, answers or the page.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read by huggingface_hub when it is imported below
+
+import psutil
+import torch
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    DryRunError,
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
+from transformers import PreTrainedConfig
+
+from model.errors import UserError
+from model.families import Family, detect
+
+if TYPE_CHECKING:
+    from model.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = Path(__file__).resolve().parent.parent / "assets" / "checkpoints"
+DEFAULT = "hires"  # what "embedded" means
+EMBEDDED = "embedded"
+EMBEDDED_DEFAULT = f"{EMBEDDED}/{DEFAULT}"
+NEEDED = {  # beside config and weights: what it is -> the files that can hold it; transformers would go on without them
+    "tokenizer": ("tokenizer.json", "vocab.json", "tokenizer.model"),
+    "image processor": ("preprocessor_config.json", "processor_config.json"),
+}
+DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # all that a checkpoint needs
+SMALL = 2**30  # bytes in float32; a model below it runs in float32 on a GPU too, where that costs nothing
+HEADROOM = 1.1  # memory needed to load a model, as a multiple of its weights
+
+Progress = Callable[[float, str], None]  # (0..1, what is being done)
+
+
+# ---- names
+
+
+def embedded_names() -> list[str]:
+    """The checkpoints that come with the app, as 'embedded/<name>', the default first."""
+    found = sorted(path.parent.name for path in CHECKPOINTS.glob("*/config.json"))
+    return [f"{EMBEDDED}/{name}" for name in sorted(found, key=lambda name: name != DEFAULT)]
+
+
+def canonical(name: str) -> str:
+    """One spelling per model: 'embedded' becomes 'embedded/hires'. UserError for an empty or unknown name."""
+    name = str(name).strip()
+    if not name:
+        raise UserError(f"The model's name is empty; use one of {', '.join(embedded_names())}, a hub id or a folder.")
+    if name == EMBEDDED:
+        name = EMBEDDED_DEFAULT
+    if name.startswith(f"{EMBEDDED}/") and name not in embedded_names():
+        raise UserError(f"There is no model {name}; embedded are {', '.join(embedded_names()) or 'none'}.")
+    return name
+
+
+def check(name: str) -> None:
+    """UserError for all that can be known to be wrong with a model before its weights are downloaded or read."""
+    name = canonical(name)
+    folder = _folder(name)
+    if folder is None:
+        with _hub_errors(name):
+            check_type(Path(hf_hub_download(name, "config.json")), name)
+    else:
+        check_type(folder / "config.json", name)
+        check_files(folder, name)
+
+
+def find(name: str, progress: Progress | None = None) -> Path:
+    """The folder of a model: of the app, of the user, or downloaded from the hub into its cache; else UserError."""
+    name = canonical(name)
+    return _folder(name) or _download(name, progress)
+
+
+def _folder(name: str) -> Path | None:
+    """The folder that a name means, None where it is a hub id; UserError where it is neither."""
+    if name.startswith(f"{EMBEDDED}/"):
+        return CHECKPOINTS / name.removeprefix(f"{EMBEDDED}/")
+    folder = Path(name).expanduser()
+    if folder.exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name:
+        if folder.is_file():
+            raise UserError(f"{name} is a file; give the model's folder, with its config.json.")
+        if not folder.is_dir():
+            raise UserError(f"There is no folder {name}.")
+        return folder
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        return None
+    raise UserError(
+        f"“{name}” is no model: use {' or '.join(embedded_names()[:1] or [EMBEDDED])}, a hub id such as "
+        "Qwen/Qwen3-VL-2B-Instruct, or a folder."
+    )
+
+
+# ---- the hub
+
+
+def _download(hub_id: str, progress: Progress | None) -> Path:
+    """The cached snapshot of a hub model, downloaded where it is not there; its type and size are looked at first."""
+    with _hub_errors(hub_id):
+        check_type(Path(hf_hub_download(hub_id, "config.json")), hub_id)
+        try:
+            files = snapshot_download(hub_id, allow_patterns=DOWNLOADED, dry_run=True)
+        except DryRunError:  # no network: what is in the cache must do
+            return Path(snapshot_download(hub_id, allow_patterns=DOWNLOADED, local_files_only=True))
+        if not any(file.filename.endswith(".safetensors") for file in files):
+            raise UserError(f"{hub_id} has no safetensors files; other formats can hold code and are not opened.")
+        missing = sum(file.file_size or 0 for file in files if file.will_download)
+        _check_disk(missing, hub_id)
+        bar = _bar(missing, hub_id, progress) if progress and missing else None
+        return Path(snapshot_download(hub_id, allow_patterns=DOWNLOADED, tqdm_class=bar))
+
+
+@contextmanager
+def _hub_errors(hub_id: str) -> Iterator[None]:
+    """What the hub's library raises, as a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, HFValidationError, HfHubHTTPError, EntryNotFoundError) as error:
+        raise UserError(hub_sentence(hub_id, error)) from error
+
+
+def hub_sentence(hub_id: str, error: Exception) -> str:
+    """What went wrong with the hub, in one sentence for the person who asked for this model."""
+    answered = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+    status = getattr(getattr(answered, "response", None), "status_code", None)
+    if isinstance(error, GatedRepoError):
+        return f"{hub_id} is gated: accept its terms on the hub, then set HF_TOKEN or run `hf auth login`."
+    if isinstance(error, RepositoryNotFoundError) or status in (401, 403):
+        return f"There is no model {hub_id} on the hub, or it is private (then set HF_TOKEN); check the spelling."
+    if isinstance(error, HFValidationError):
+        return f"“{hub_id}” is not a hub id (owner/name)."
+    if getattr(error, "errno", None) in (28, 122):  # ENOSPC, EDQUOT
+        return (
+            f"No disk space left for {hub_id} in {constants.HF_HUB_CACHE}; free some, or set HF_HOME to another disk."
+        )
+    if isinstance(error, PermissionError):
+        return f"The cache {constants.HF_HUB_CACHE} cannot be written to; set HF_HOME to a folder that can."
+    if (
+        isinstance(error, LocalEntryNotFoundError) and status is None
+    ):  # also raised for a file that the cache lacks, without a network
+        return f"The hub cannot be reached and {hub_id} is not in the cache; check the network, or give a folder."
+    if status not in (None, 404):
+        return f"The hub has trouble with {hub_id} (it answered {status}); try again later, or give a folder."
+    if isinstance(error, EntryNotFoundError):
+        return f"{hub_id} has no config.json, so it is not a model in the transformers format."
+    words = " ".join(str(error).split())[:150]
+    return f"{hub_id} could not be downloaded: {words or type(error).__name__}. Try again, or give a folder."
+
+
+def _check_disk(needed: int, hub_id: str) -> None:
+    cache = Path(constants.HF_HUB_CACHE)
+    existing = next(path for path in (cache, *cache.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"{hub_id} needs {gigabytes(needed)} more on disk and {cache} has {gigabytes(free)} free; "
+            "free some, or set HF_HOME to another disk."
+        )
+
+
+def _bar(total: int, hub_id: str, progress: Progress) -> type[tqdm]:
+    """A tqdm class that draws nothing and reports the bytes that have arrived.
+
+    Files arrive in several threads: what is counted and what is reported are one act, so reports never go back.
+    """
+    reporting = threading.Lock()
+
+    class Bar(tqdm):
+        def __init__(self, *args, **kwargs):
+            kwargs.pop("name", None)
+            super().__init__(*args, **{**kwargs, "file": open(os.devnull, "w")})
+
+        def update(self, n=1):
+            with reporting:
+                super().update(n)
+                if self.unit == "B":
+                    done = min(self.n / total, 1.0)
+                    progress(done * 0.9, f"downloading {hub_id}: {gigabytes(self.n)} of {gigabytes(total)}")
+
+        def close(self):
+            super().close()
+            self.fp.close()
+
+    return Bar
+
+
+# ---- a folder, looked at before it is loaded
+
+
+def check_type(config_file: Path, name: str) -> type[Family]:
+    """The family that runs this checkpoint; UserError unless config.json is readable and some family does."""
+    try:
+        raw = json.loads(config_file.read_text(encoding="utf-8"))
+        config = PreTrainedConfig.from_dict(raw)
+        config.model_type = str(raw["model_type"])
+    except FileNotFoundError as error:
+        raise UserError(f"{name} has no config.json, so it is not a model in the transformers format.") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"The config.json of {name} cannot be used: it is damaged or names no model_type.") from error
+    return detect(config)
+
+
+def check_files(folder: Path, name: str) -> int:
+    """The number of parameters; UserError where a file is missing or cut off, or weights are not safetensors."""
+    for what, files in NEEDED.items():
+        if not any((folder / file).is_file() for file in files):
+            raise UserError(f"{name} has no {what} ({' or '.join(files)}); download it again.")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"The file {index.name} of {name} is damaged; download it again.") from error
+        missing = [file for file in files if not (folder / file).is_file()]
+        if missing:
+            raise UserError(
+                f"{name} lacks {missing[0]} ({len(missing)} of {len(files)} weight files); download it again."
+            )
+        paths = [folder / file for file in files]
+    else:
+        paths = [folder / "model.safetensors"]
+        if not paths[0].is_file():
+            pickles = sorted(
+                [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("*.ckpt")]
+            )
+            other = f" {pickles[0].name} is a pickle, which can run code, and is not opened." if pickles else ""
+            raise UserError(f"{name} has no model.safetensors.{other} Give a folder with safetensors.")
+    parameters = 0
+    for path in paths:
+        try:
+            with safe_open(
+                path, framework="pt"
+            ) as file:  # reads the header only, and compares it with the file's length
+                parameters += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path.name} of {name} is cut off or damaged; download it again.") from error
+    return parameters
+
+
+# ---- device and number format; each choice comes with its reason
+
+
+def choose_device(wanted: str | None = None) -> tuple[torch.device, str]:
+    """(device, why): a CUDA GPU where there is a working one, else the CPU; or what was asked for, if it is there."""
+    if wanted in (None, "", "auto"):
+        if not torch.cuda.is_available():
+            return torch.device("cpu"), "cpu: no CUDA GPU was found"
+        try:
+            torch.zeros(1, device="cuda")
+        except RuntimeError as error:
+            return torch.device("cpu"), f"cpu: the CUDA GPU does not work ({str(error).splitlines()[0]})"
+        return torch.device("cuda"), f"cuda: {torch.cuda.get_device_name()} was found"
+    try:
+        device = torch.device(wanted)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"The device “{wanted}” cannot be used here; leave --device out or use one of {_devices()}."
+        ) from error
+    return device, f"{device}: asked for"
+
+
+def _devices() -> str:
+    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    mps = ["mps"] if torch.backends.mps.is_available() else []
+    return ", ".join(["cpu", *cuda, *mps])
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def choose_dtype(wanted: str | None, device: torch.device, parameters: int) -> tuple[torch.dtype, str]:
+    """(number format, why) for a model of that many parameters on this device."""
+    if wanted not in (None, "", "auto"):
+        name = DTYPES_SHORT.get(wanted, wanted)
+        if name not in DTYPES:
+            raise UserError(f"The number format “{wanted}” is not known; use one of {', '.join(DTYPES)}.")
+        return DTYPES[name], f"{name}: asked for"
+    if device.type == "cpu":
+        return torch.float32, "float32: exact, and the fastest on most CPUs"
+    if parameters * 4 < SMALL:
+        return torch.float32, "float32: the model is small"
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "bfloat16: the GPU supports it"
+    return torch.float32, f"float32: {device.type} has no bfloat16 here"
+
+
+def check_memory(needed: int, device: torch.device, name: str) -> None:
+    """UserError where the weights alone do not fit into the memory that is free."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    if needed * HEADROOM > free:
+        raise UserError(
+            f"{name} needs {gigabytes(needed * HEADROOM)} of memory on {device} and {gigabytes(free)} are free; "
+            "use a smaller model, another --device or --dtype bfloat16."
+        )
+
+
+def gigabytes(n: float) -> str:
+    """Bytes in words: '4.3 GB', '12 MB'."""
+    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB" if n >= 1e6 else f"{n / 1e3:.0f} kB"
+
+
+# ---- the engine
+
+
+def load(name: str, *, device: str | None = None, dtype: str | None = None, progress: Progress | None = None) -> Engine:
+    """The engine of a model: "embedded", "embedded/<name>", a hub id or a folder; UserError for what is wrong with it.
+
+    device ("cpu", "cuda", "cuda:1" …) and dtype ("float32", "bfloat16", "float16") are chosen where they are not given;
+    `engine.reasons` says why.
+    """
+    name = canonical(name)
+    folder = find(name, progress)
+    family = check_type(folder / "config.json", name)
+    parameters = check_files(folder, name)
+    chosen, why_device = choose_device(device)
+    number, why_dtype = choose_dtype(dtype, chosen, parameters)
+    check_memory(parameters * number.itemsize, chosen, name)
+    if progress:
+        progress(0.9, f"loading the weights of {name}")
+    try:
+        engine = family.build(str(folder), chosen, number, name=name, reasons=(why_device, why_dtype))
+    except UserError:
+        raise
+    except Exception as error:
+        if name.startswith(f"{EMBEDDED}/"):  # not the user's checkpoint: our own mistake, to be seen in full
+            raise
+        words = " ".join(str(error).split())[:200]
+        raise UserError(f"{name} cannot be loaded: {words or type(error).__name__}.") from error
+    held = sum(parameter.numel() for parameter in engine.model.parameters())  # shared ones once, as in the files
+    if parameters < held:
+        raise UserError(f"{name} lacks {held - parameters:,} of the model's {held:,} parameters; download it again.")
+    for line in introduction(engine):
+        logger.info(line)
+    if progress:
+        progress(1.0, f"{name} is ready")
+    return engine
+
+
+def introduction(engine: Engine) -> list[str]:
+    """What was loaded, where it runs and why, and what its config gets wrong: lines for a log."""
+    head = f"{engine.name}: {gigabytes(engine.memory_bytes)}, {'; '.join(engine.reasons)}"
+    return [head, *(f"warning: {warning}" for warning in engine.warnings)]
+
+
+class Zoo:
+    """The models that one run of the app offers, each loaded once, when it is first asked for. Thread-safe.
+
+    offered: names, the first one the default. A load that failed leaves nothing behind and can be tried again.
+    """
+
+    def __init__(self, offered: Iterable[str], *, device: str | None = None, dtype: str | None = None):
+        self.offered: tuple[str, ...] = tuple(dict.fromkeys(canonical(name) for name in offered))
+        self._device, self._dtype = device, dtype
+        self._engines: dict[str, Engine] = {}
+        self._loading = threading.Lock()  # one load at a time: from_pretrained changes torch's default dtype meanwhile
+
+    @property
+    def default(self) -> str:
+        """The model that a visitor starts with."""
+        return self.offered[0]
+
+    def get(self, name: str, progress: Progress | None = None) -> Engine:
+        """The engine of an offered model, loaded now if it is not yet; UserError for a name that is not offered."""
+        name = EMBEDDED_DEFAULT if name == EMBEDDED else name
+        if name not in self.offered:
+            raise UserError(
+                f"The model “{str(name)[:80]}” is not offered here; choose one of {', '.join(self.offered)}."
+            )
+        if name not in self._engines:
+            with self._loading:
+                if name not in self._engines:
+                    self._engines[name] = load(name, device=self._device, dtype=self._dtype, progress=progress)
+        return self._engines[name]
+
+    def loaded(self) -> list[tuple[str, int, str]]:
+        """(name, bytes held in memory, device) of each model that is loaded."""
+        return [(name, engine.memory_bytes, str(engine.device)) for name, engine in list(self._engines.items())]

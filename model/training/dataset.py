@@ -1,0 +1,94 @@
+"""Rendered scenes as arrays for the language models' training: views, patch contents, questions with where to look.
+
+Knows nothing about models: pixels go out as uint8, tower features come back in as float16.
+"""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from model.training import scenes
+from model.training.canvas import CHARACTERS, SIDE
+from model.training.pages import LONGEST, TILE
+
+CELL = 16  # pixels of the high-resolution view that one visual token covers, 2 x 2 patches
+GRID = SIDE // CELL
+CONTENTS = 2 * LONGEST  # per visual token: upper or lower half, place in the string
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question of a stored scene. `cells`: for each answer character the visual token that shows it, -1 where there
+    is none.
+    """
+
+    question: scenes.Question
+    cells: tuple[int, ...]
+
+
+@dataclass
+class Batch:
+    """`count` scenes: low `[n, 64, 64, 3]`, high `[n, 128, 128, 3]` uint8; contents `[n, 64, 16]` uint8 (0 nothing,
+    else character + 1).
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+    contents: np.ndarray
+    items: list[list[Item]]
+
+
+def cell_of(x: float, y: float) -> int:
+    """Row-major number of the visual token over a point of the high-resolution view; -1 outside."""
+    column, row = int(x // CELL), int(y // CELL)
+    return row * GRID + column if 0 <= column < GRID and 0 <= row < GRID else -1
+
+
+def render(count: int, seed: int, font_set: str = "train", progress=None) -> Batch:
+    """Draw `count` scenes; scene i depends on (seed, i) alone."""
+    low = np.empty((count, TILE, TILE, 3), np.uint8)
+    high = np.empty((count, SIDE, SIDE, 3), np.uint8)
+    contents = np.zeros((count, GRID * GRID, CONTENTS), np.uint8)
+    items = []
+    for i in range(count):
+        scene = scenes.make_scene(np.random.default_rng([seed, i]), font_set)
+        low[i] = np.asarray(scene.image.resize((TILE, TILE), Image.Resampling.BICUBIC))
+        high[i] = np.asarray(scene.image.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+        cells: dict[int, list[int]] = {}
+        for glyph in scene.glyphs:
+            cell = cell_of(glyph.x, glyph.y)
+            cells.setdefault(glyph.string, []).append(cell)
+            if cell >= 0:
+                half = int(glyph.y % CELL >= CELL / 2)
+                contents[i, cell, half * LONGEST + min(glyph.index, LONGEST - 1)] = (
+                    CHARACTERS.index(glyph.character) + 1
+                )
+        items.append([Item(q, _cells(q, cells, scene.things)) for q in scene.questions])
+        if progress:
+            progress(i + 1, count)
+    return Batch(low, high, contents, items)
+
+
+def _cells(question, cells, things) -> tuple[int, ...]:
+    if question.string is not None:
+        return tuple(cells[question.string])
+    if question.thing is not None:
+        return (cell_of(things[question.thing].x, things[question.thing].y),)
+    return ()
+
+
+def save(batch: Batch, path: Path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        pickle.dump(batch, file, protocol=5)
+
+
+def load(path: Path) -> Batch:
+    """Read back what `save` wrote in this training folder (own files only: pickle)."""
+    with open(path, "rb") as file:
+        return pickle.load(file)

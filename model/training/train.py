@@ -1,0 +1,141 @@
+"""Make an embedded checkpoint again from nothing: draw scenes, train the tower, freeze it, train the language model,
+export.
+
+Twins share data, tower, steps and seed: whatever another run left in the work folder under the same settings is used
+again, so `train hires` and then `train hires-single` trains the tower once. Knows nothing about scoring or the page.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from model.errors import UserError
+from model.training import dataset, tower, twins
+from model.training.pages import TILE
+from model.training.tokenizer import make_tokenizer
+
+CHECKPOINTS = Path(__file__).resolve().parents[2] / "assets" / "checkpoints"
+NAMES = (*twins.MERGE, "taps", "taps-single")
+SHARD = 2500  # scenes in a file
+SHARDS = 8
+VALIDATION_SEED, TRAINING_SEED = 900_001, 1000  # test scenes use other seeds: see app/card.py
+TOWER_STEPS = 3300
+STEPS = 3200
+
+
+def check_name(name: str) -> None:
+    """UserError unless there is a recipe of this name."""
+    if name not in NAMES:
+        raise UserError(f"There is no recipe for {name!r}; there are {', '.join(NAMES)}.")
+
+
+def data_stage(workdir: Path, shards: int, progress, per_shard: int = SHARD):
+    """Rendered scenes in workdir/data: `shards` files for training and one for validation."""
+    files = [workdir / "data" / f"train-{k:03d}.pkl" for k in range(shards)]
+    wanted = [(workdir / "data" / "validation.pkl", min(500, per_shard), VALIDATION_SEED)]
+    wanted += [(file, per_shard, TRAINING_SEED + k) for k, file in enumerate(files)]
+    for number, (file, count, seed) in enumerate(wanted):
+        if not file.exists():
+            dataset.save(dataset.render(count, seed), file)
+        if progress:
+            progress((number + 1) / len(wanted), f"scenes {number + 1} of {len(wanted)} files")
+    return files, workdir / "data" / "validation.pkl"
+
+
+def features_of(reader: tower.Reader, file: Path) -> tuple[dataset.Batch, torch.Tensor]:
+    """A file of scenes with its tower features, which are made once and kept beside it."""
+    batch, kept = dataset.load(file), file.with_suffix(".features.pt")
+    if kept.exists() and kept.stat().st_mtime > (file.parent.parent / "tower" / "tower.pt").stat().st_mtime:
+        return batch, torch.load(kept, weights_only=True, mmap=True)
+    features = twins.encode(reader, batch)
+    torch.save(features, kept)
+    return batch, features
+
+
+def export(twin: twins.Twin, reader: tower.Reader, out: Path, recipe: dict) -> None:
+    """Write a folder that transformers loads: config, float16 safetensors, tokenizer, image processor, template."""
+    out.mkdir(parents=True, exist_ok=True)
+    model = twin.model
+    model.model.vision_tower.load_state_dict(reader.tower.state_dict())
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 3, 0
+    model.half().save_pretrained(out)
+    make_tokenizer().save_pretrained(out)
+    size = {"height": TILE, "width": TILE}
+    processor = CLIPImageProcessorPil(
+        size=size,
+        crop_size=size,
+        do_center_crop=False,
+        image_mean=[tower.MEAN] * 3,
+        image_std=[tower.STD] * 3,
+    )
+    processor.save_pretrained(out)
+    (out / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+
+
+def train(
+    name: str,
+    *,
+    out: Path | None = None,
+    steps: int | None = None,
+    tower_steps: int | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    workdir: Path = Path("runs"),
+    resume: bool = False,
+    progress=None,
+    shards: int = SHARDS,
+    per_shard: int = SHARD,
+) -> Path:
+    """Train `name` and write its folder (default assets/checkpoints/NAME); returns it.
+
+    `tower_steps` are the tower's, `steps` the language model's; `resume` goes on from what is in workdir.
+    `progress(fraction, text)` is called as it goes. UserError for an unknown name, or a run that is there already.
+    """
+    check_name(name)
+    out, run = out or CHECKPOINTS / name, workdir / name
+    if (run / "last.pt").exists() and not resume:
+        raise UserError(
+            f"{run} holds an earlier run of {name}: go on with it by --resume, or choose another --workdir."
+        )
+    started, steps, tower_steps = time.time(), steps or STEPS, tower_steps or TOWER_STEPS
+    if name.startswith("taps"):
+        from model.training.taps import train_taps
+
+        options = {"device": device, "seed": seed, "resume": resume, "progress": progress}
+        return train_taps(name, workdir=workdir, out=out, steps=steps, **options)
+    files, validation = data_stage(workdir, shards, progress, per_shard)
+    tower.train_tower(workdir / "tower", tower_steps, seed=seed, device=device, progress=progress)
+    reader = tower.load_reader(workdir / "tower")
+    data = [features_of(reader, file) for file in files]
+    twin = twins.train_twin(
+        name, reader, data, features_of(reader, validation), run, steps, seed=seed, device=device, progress=progress
+    )
+    tower_curve = (workdir / "tower" / "tower.jsonl").read_text()
+    curve = (run / "curve.jsonl").read_text()
+    last = json.loads(curve.splitlines()[-1])
+    recipe = {
+        "name": name,
+        "merge": twins.MERGE[name],
+        "seed": seed,
+        "scenes": shards * per_shard,
+        "scenes_seen": steps * twins.BATCH,
+        "questions_seen": steps * twins.BATCH * twins.ROWS,
+        "steps": steps,
+        "training_losses": "answers; pointing at the answer; contents and question words of visual tokens",
+        "tower_steps": tower_steps,
+        "tower_minutes": json.loads(tower_curve.splitlines()[-1])["minutes"],
+        "language_model_minutes": last["minutes"],
+        "device": str(tower.accelerator_for(device).device),
+        "threads": torch.get_num_threads(),
+        "parameters": sum(p.numel() for p in twin.model.parameters()),
+        "session_minutes": round((time.time() - started) / 60, 1),
+    }
+    export(twin, reader, out, recipe)
+    (out / "curve.jsonl").write_text(curve)
+    (out / "tower.jsonl").write_text(tower_curve)
+    return out

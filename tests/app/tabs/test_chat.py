@@ -1,0 +1,159 @@
+"""The chat's handlers: what they say, what they keep, and that a mistake loses nothing."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from app.session import Focus, Session
+from app.tabs import chat
+from model.errors import UserError
+from model.plan import Plan
+from tests.app.given import HIRES, SETTINGS, last
+
+PLAN = "base@0,0@1"
+
+
+def say(desk, session, focus, text="What is it?", files=(), remember=False, plan=PLAN):
+    message = {"text": text, "files": list(files)}
+    return chat.ask(desk, message, HIRES, plan, *SETTINGS, remember, session, focus)
+
+
+def texts(bubbles: list[dict]) -> list[str]:
+    return [bubble["role"] for bubble in bubbles]
+
+
+def test_an_upload_and_a_question_are_answered(desk, session, tmp_path):
+    path = tmp_path / "mine.png"
+    Image.new("RGB", (50, 40), "red").save(path)
+    states = list(say(desk, session, Focus(), files=[path]))
+    assert states[0][0].value["text"] == ""  # the box is emptied with the first state
+    box, bubbles, session, focus, views, note, link = last(states)
+    assert texts(bubbles) == ["user", "user", "assistant"]
+    assert len(session.turns) == 1 and desk.store.record(session.turns[0].record).answer.plan == Plan.parse(PLAN)
+    assert focus.record == session.turns[0].record and focus.question == "What is it?"
+    assert views["name"] == "mine.png" and "50 × 40" in note and "not part of the address" in note
+    assert link == "?p=base@0,0@1&q=What+is+it%3F"
+    assert "trained" not in bubbles[-1]["content"] and "ablated" in bubbles[-1]["content"]
+
+
+def test_the_answer_is_that_of_the_engine(desk, session, focus):
+    _, _, session, *_ = last(say(desk, session, focus))
+    record = desk.store.record(session.turns[0].record)
+    engine = desk.engine(HIRES)
+    assert record.answer.text == engine.answer(record.prompt, Plan.parse(PLAN), record.sampling).text
+
+
+def test_a_follow_up_uses_the_same_image_and_shows_it_once(desk, session, focus):
+    _, _, session, focus, *_ = last(say(desk, session, focus))
+    _, bubbles, session, focus, *_ = last(say(desk, session, focus, text="And now?"))
+    assert texts(bubbles) == ["user", "user", "assistant", "user", "assistant"]
+    assert session.turns[1].images == ("receipt.png",)
+    assert len(desk.store.record(focus.record).messages) == 1  # earlier turns are not sent unless so wished
+    _, _, session, focus, *_ = last(say(desk, session, focus, text="And then?", remember=True))
+    assert len(desk.store.record(focus.record).messages) == 5
+    assert len(desk.store.record(focus.record).prompt.images) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "plan", "words"),
+    [("  ", PLAN, "empty"), ("x", "0@77", "layers are 0 to"), ("x" * 30_000, PLAN, "at most 20,000")],
+)
+def test_a_mistake_changes_nothing(desk, session, focus, text, plan, words):
+    before = len(desk.store)
+    with pytest.raises(UserError, match=words):
+        next(say(desk, session, focus, text=text, plan=plan))
+    assert len(desk.store) == before
+
+
+def test_a_file_that_is_no_picture_is_one_sentence(desk, session, tmp_path):
+    path = tmp_path / "fake.png"
+    path.write_bytes(b"not a picture")
+    with pytest.raises(UserError, match="not an image"):
+        next(say(desk, session, Focus(), files=[path]))
+
+
+def test_an_example_asks_its_own_question(desk, session):
+    _, bubbles, session, focus, *_, link = last(
+        chat.ask_example(desk, "signs.png", HIRES, "none", *SETTINGS, session, Focus())
+    )
+    assert focus.truth == "EAGLE" and focus.example == "signs.png" and "x=signs.png" in link
+    with pytest.raises(UserError, match="no example"):
+        next(chat.ask_example(desk, "../x", HIRES, "none", *SETTINGS, session, Focus()))
+
+
+def test_retry_asks_the_same_under_the_plan_of_now(desk, session, focus):
+    for text in ("one", "two"):
+        _, _, session, focus, *_ = last(say(desk, session, focus, text=text))
+    event = SimpleNamespace(index=1, value="one")
+    out = last(chat.retry(desk, HIRES, "base@0", *SETTINGS, False, session, focus, event))
+    assert [turn.question for turn in out[2].turns] == ["one"]
+    assert desk.store.record(out[2].turns[0].record).answer.plan == Plan.parse("base@0")
+
+
+def test_an_edited_question_takes_the_place_of_the_old_one(desk, session, focus):
+    for text in ("one", "two"):
+        _, _, session, focus, *_ = last(say(desk, session, focus, text=text))
+    event = SimpleNamespace(index=3, value="three", previous_value="two")
+    out = last(chat.edit(desk, HIRES, PLAN, *SETTINGS, False, session, focus, event))
+    assert [turn.question for turn in out[2].turns] == ["one", "three"]
+    with pytest.raises(UserError, match="no longer part"):
+        next(chat.edit(desk, HIRES, PLAN, *SETTINGS, False, session, focus, SimpleNamespace(index=99, value="x")))
+
+
+def test_clear_keeps_the_visitor(desk, session, focus):
+    _, _, session, *_ = last(say(desk, session, focus))
+    bubbles, cleared = chat.clear(desk, session)
+    assert bubbles == [] and cleared.turns == () and cleared.visitor == session.visitor
+
+
+def test_stop_ends_the_answer_and_keeps_what_was_said(desk, session, focus):
+    settings = (48, *SETTINGS[1:])
+    steps = chat.ask(desk, {"text": "What?", "files": []}, HIRES, PLAN, *settings, False, session, focus)
+    next(steps)
+    thread = threading.Thread(target=chat.stop, args=(desk, session))
+    thread.start()
+    thread.join()
+    _, bubbles, session, *_ = last(steps)
+    record = desk.store.record(session.turns[0].record)
+    assert record.answer.stopped == "stopped" and len(record.answer.tokens) < 48
+    assert "stopped" in bubbles[-1]["content"]
+
+
+def test_a_fault_in_the_middle_leaves_the_question_and_a_usable_box(desk, session, focus, monkeypatch):
+    def broken(asked, stop=None):
+        raise UserError("out of memory")
+        yield
+
+    monkeypatch.setattr(chat.asking, "stream", broken)
+    steps = say(desk, session, focus)
+    states = [next(steps), next(steps)]
+    with pytest.raises(UserError, match="out of memory"):
+        next(steps)
+    assert states[1][0].submit_btn and texts(states[1][1]) == ["user", "user"]
+    assert len(states[0][2].turns) == 1
+
+
+def test_what_the_address_asked_is_asked_once_the_page_is_there(desk, session, focus):
+    _, bubbles, session, *_ = last(chat.resume(desk, HIRES, PLAN, *SETTINGS, session, focus))
+    assert texts(bubbles) == ["user", "user", "assistant"]
+    assert len(list(chat.resume(desk, HIRES, PLAN, *SETTINGS, session, Focus()))) == 1
+
+
+def test_an_answer_that_was_dropped_says_so(desk):
+    gone = Session("me").answered(chat.Turn("q", ("gone",), "gone"))
+    bubbles = chat.bubbles(desk, gone)
+    assert "no longer held" in bubbles[0]["content"] and "no longer held" in bubbles[-1]["content"]
+    assert chat.turn_of(gone, 2) == 0
+
+
+def test_an_image_is_shown_as_a_file_and_written_once(desk, session):
+    key = desk.store.hold(session.visitor, chat.Held(Image.new("RGB", (20, 20)), 'a/"><script>.png', ("<i>",)))
+    shown = chat.bubbles(desk, session.answered(chat.Turn("q", (key,))))[0]["content"]
+    again = chat.bubbles(desk, session.answered(chat.Turn("q", (key,))))[0]["content"]
+    assert shown == again and shown["alt_text"].endswith("; <i>")
+    with Image.open(shown["path"]) as image:
+        assert image.size == (20, 20)

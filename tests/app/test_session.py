@@ -1,0 +1,96 @@
+"""Session, focus and the store: what is kept, what is dropped, who ends whose answer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from PIL import Image
+
+from app.session import Focus, Held, Record, Session, Store, Turn
+from model.errors import UserError
+
+
+def held(side: int = 10) -> Held:
+    return Held(Image.new("RGB", (side, side)), "a.png")
+
+
+def record(question: str = "q") -> Record:
+    return Record(answer=None, prompt=None, messages=[], question=question, images=(), sampling=None)
+
+
+def test_a_visitor_is_named_once():
+    session = Session().known()
+    assert session.visitor and session.known() is session
+    assert Session().known().visitor != session.visitor
+
+
+def test_a_session_is_not_changed_in_place():
+    session = Session("me").answered(Turn("a")).answered(Turn("b"))
+    assert [turn.question for turn in session.before(1).turns] == ["a"]
+    assert len(session.turns) == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        session.visitor = "you"
+
+
+def test_focus_keeps_the_answer_before_for_the_same_question_only():
+    first = Focus().on("r1", "q", ("i",), "x")
+    assert (first.record, first.before) == ("r1", "")
+    again = dataclasses.replace(first, truth="t").on("r2", "q", ("i",), "x")
+    assert (again.record, again.before, again.truth) == ("r2", "r1", "t")
+    other = again.on("r3", "other", ("i",), "x")
+    assert (other.before, other.truth) == ("", "")
+    assert again.on("r3", "q", ("j",), "").before == ""
+
+
+def test_images_beyond_the_limit_are_dropped_oldest_first():
+    store = Store(image_bytes=2 * held().bytes)
+    keys = [store.hold("me", held()) for _ in range(2)]
+    store.image(keys[0])  # used last, so the other one goes
+    third = store.hold("me", held())
+    assert store.image(keys[0]) and store.image(third)
+    with pytest.raises(UserError, match="upload it again"):
+        store.image(keys[1])
+
+
+def test_one_image_larger_than_the_limit_is_still_held():
+    store = Store(image_bytes=1)
+    assert store.image(store.hold("me", held()))
+
+
+def test_records_beyond_the_limit_are_dropped_and_say_nothing():
+    store = Store(records=2)
+    keys = [store.keep("me", record()) for _ in range(3)]
+    assert store.record(keys[0]) is None and store.record(keys[2]) is not None
+    assert store.record("") is None
+
+
+def test_a_visitor_who_leaves_takes_everything_along_and_nothing_of_others():
+    store = Store()
+    mine, yours = store.hold("me", held()), store.hold("you", held())
+    store.keep("me", record())
+    event, other = store.start("me", "chat"), store.start("you", "chat")
+    store.forget(Session("me"))
+    assert len(store) == 1 and store.image(yours)
+    with pytest.raises(UserError):
+        store.image(mine)
+    assert event.is_set() and not other.is_set()
+
+
+def test_a_new_answer_ends_the_one_before_in_the_same_place_only():
+    store = Store()
+    first, chat, other = store.start("me", "stacks"), store.start("me", "chat"), store.start("you", "stacks")
+    second = store.start("me", "stacks")
+    assert first.is_set() and not second.is_set() and not chat.is_set() and not other.is_set()
+    assert store.newest("me", "stacks", second) and not store.newest("me", "stacks", first)
+    store.stop("me", "stacks")
+    assert second.is_set() and store.newest("me", "stacks", second)
+    store.stop("nobody", "chat")
+
+
+def test_what_a_record_computes_is_computed_once():
+    made = []
+    kept = record()
+    for _ in range(2):
+        assert kept.once("k", lambda: made.append(1) or "value") == "value"
+    assert made == [1]

@@ -1,0 +1,182 @@
+"""Tokenizer and training pass: spelling, templates, and the same numbers as transformers."""
+
+import numpy as np
+import pytest
+import torch
+
+from model.loading import load
+from model.training import dataset, scenes, tower, train, twins
+from model.training.tokenizer import make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.mark.parametrize("text", ["R3KN", "4.50", "there is none", "what does the red sign say?", "Foo Bar", "zzgh?"])
+def test_text_comes_back(tokenizer, text):
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_answers_are_spelled_and_questions_are_words(tokenizer):
+    assert len(tokenizer("K7PX2", add_special_tokens=False).input_ids) == 5
+    assert len(tokenizer("what does the red sign say?", add_special_tokens=False).input_ids) == 7
+
+
+def test_every_wording_is_made_of_whole_words(tokenizer):
+    unknown = tokenizer.convert_tokens_to_ids("<unk>")
+    for seed in range(40):
+        for question in scenes.make_scene(np.random.default_rng(seed)).questions:
+            ids = tokenizer(question.question, add_special_tokens=False).input_ids
+            assert unknown not in ids
+            spelled = [
+                t for t in tokenizer.convert_ids_to_tokens(ids) if len(t.strip("▁")) == 1 and t.strip("▁").isalpha()
+            ]
+            assert spelled in ([], ["a"], ["▁a"], ["a", "▁a"]), question.question
+
+
+def test_the_template_lowers_questions_and_keeps_answers(tokenizer):
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "READ the sign "}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "K7P"}]},
+        {"role": "user", "content": "And NOW?"},
+    ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == "<s><user><image>read the sign<answer>K7P</s><user>and now?<answer>"
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Six scenes, an untrained tower and its features."""
+    torch.manual_seed(0)
+    batch = dataset.render(6, 3)
+    reader = tower.Reader(tower.config(64, 2, 2)).eval().requires_grad_(False)
+    return batch, reader, twins.encode(reader, batch)
+
+
+@pytest.mark.parametrize("merge", ["stack", "none", "concat"])
+def test_packed_pass_equals_transformers(small, tokenizer, merge):
+    """Every question's logits are those of transformers' Llama on that question alone, stacks added by hooks."""
+    batch, reader, features = small
+    twin = twins.Twin(merge, reader.tower.config, len(tokenizer)).eval()
+    rows = twins.Questions(tokenizer).rows(batch.items, np.random.default_rng(0), per_scene=3)
+    llama = twin.model.model.language_model
+    with torch.no_grad():
+        logits, targets, _, _, _ = twin(features.float(), rows)
+        base, stacks = twin.inject(features.float())
+        place = 0
+        for i in range(len(rows.ids)):
+            scene, length = i // 3, int(rows.length[i])
+            lead, asked = llama.embed_tokens(torch.tensor([2, 5])), llama.embed_tokens(rows.ids[i, :length])
+            hidden = torch.cat([lead, base[scene], asked])[None]
+
+            def add(module, arguments, keywords, rows_of):
+                states = arguments[0].clone()
+                states[:, 2 : 2 + rows_of.shape[0]] += rows_of
+                return (states, *arguments[1:]), keywords
+
+            handles = [
+                llama.layers[m].register_forward_pre_hook(
+                    lambda mod, a, k, r=s[scene]: add(mod, a, k, r), with_kwargs=True
+                )
+                for m, s in stacks.items()
+            ]
+            expected = twin.model.lm_head(llama(inputs_embeds=hidden).last_hidden_state[0])[2 + base.shape[1] :]
+            for handle in handles:
+                handle.remove()
+            scored = rows.targets[i, :length] != -100
+            count = int(scored.sum())
+            torch.testing.assert_close(logits[place : place + count], expected[scored], atol=5e-6, rtol=0)
+            assert torch.equal(targets[place : place + count], rows.targets[i, :length][scored])
+            place += count
+        assert place == len(logits)
+
+
+def test_features_are_the_dilated_mosaic(small):
+    """Stack 2i + j holds token (2y + i, 2x + j) of the high-resolution grid, computed here tile by tile."""
+    batch, reader, features = small
+    high = batch.high[0]
+    grid = np.zeros((16, 16), dtype=object)
+    for top in (0, 1):
+        for left in (0, 1):
+            tile = high[top * 64 : top * 64 + 64, left * 64 : left * 64 + 64]
+            rows = reader.features(tower.to_pixels(tile[None]))[0].view(8, 8, -1)
+            for y in range(8):
+                for x in range(8):
+                    grid[top * 8 + y, left * 8 + x] = rows[y, x]
+    for i in (0, 1):
+        for j in (0, 1):
+            for y, x in ((0, 0), (3, 5), (7, 7)):
+                stored = features[0, 1 + 2 * i + j, y * 8 + x].float()
+                torch.testing.assert_close(stored, grid[2 * y + i, 2 * x + j], atol=2e-3, rtol=2e-3)
+
+
+def test_grounded_words_are_single_tokens(tokenizer):
+    maker = twins.Questions(tokenizer)
+    assert [tokenizer.decode([token]).strip() for token in maker.words] == list(twins.WORDS)
+
+
+def test_the_words_of_a_question_stand_at_its_answer(small, tokenizer):
+    batch, _, _ = small
+    truth = twins.Questions(tokenizer).grounding(batch.items)
+    assert truth.shape == (6, 64, len(twins.WORDS))
+    for b, items in enumerate(batch.items):
+        expected = {
+            (cell, twins.WORDS.index(word))
+            for item in items
+            for cell in item.cells
+            for word in " ".join(str(v) for _, v in item.question.words).split()
+            if cell >= 0 and word in twins.WORDS
+        }
+        found = {tuple(place) for place in truth[b].nonzero().tolist()}
+        answers = {
+            (c, twins.WORDS.index(i.question.answer)) for i in items for c in i.cells if i.question.thing is not None
+        }
+        assert found == expected | answers
+
+
+def test_variants_train_on_the_same_questions(small, tokenizer):
+    """The questions of a step depend on seed and step alone."""
+    batch, _, _ = small
+    maker = twins.Questions(tokenizer)
+    one, two = (maker.rows(batch.items, np.random.default_rng([0, 7])) for _ in range(2))
+    assert torch.equal(one.ids, two.ids) and torch.equal(one.targets, two.targets)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """One work folder: as in real runs, the first variant makes scenes and tower, the others use them again."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.parametrize("name", ["hires", "hires-single", "hires-concat"])
+def test_two_steps_to_a_folder_that_loads_and_answers_alike(name, workdir, tmp_path, tokenizer):
+    """From nothing to a checkpoint: it loads by the ordinary way, and the engine's numbers are the training pass's."""
+    options = {"workdir": workdir, "steps": 2, "tower_steps": 2, "shards": 1, "per_shard": 12}
+    out = train.train(name, out=tmp_path / name, device="cpu", **options)
+    engine = load(str(out))
+    batch = dataset.load(workdir / "data" / "validation.pkl")
+    assert engine.layout.stack_names == (("0", "1", "2", "3") if name == "hires" else ())
+
+    reader = tower.load_reader(workdir / "tower")
+    twin = twins.Twin(twins.MERGE[name], reader.tower.config, len(tokenizer))
+    twin.load_state_dict(torch.load(workdir / name / "last.pt", weights_only=True)["twin"])
+    scene = scenes.make_scene(np.random.default_rng([train.VALIDATION_SEED, 0]))
+    features = twins.encode(reader, batch)[:1].float()
+    item = batch.items[0][0]
+    questions = twins.Questions(tokenizer)
+    rows = questions.pad([questions.turn(item.question.question, item.question.answer, item.cells)])
+    with torch.no_grad():
+        logits, targets, _, _, _ = twin(features, rows)
+    expected = logits.log_softmax(-1).gather(1, targets[:, None])[:-1, 0]
+    content = [{"type": "image", "image": scene.image}, {"type": "text", "text": item.question.question.upper()}]
+    scored = engine.score(
+        engine.prompt([{"role": "user", "content": content}]), engine.layout.default, item.question.answer
+    )
+    torch.testing.assert_close(
+        torch.tensor([t.logprob for t in scored]), expected, atol=2e-2, rtol=0
+    )  # float16 weights
+    with pytest.raises(train.UserError, match="--resume"):
+        train.train(name, out=tmp_path / name, device="cpu", **options)
