@@ -19,7 +19,7 @@ TILE = 64  # pixels: side of the tower's input
 NONE = 0  # label "nothing here" of every head; real classes start at 1
 LONGEST = 8  # characters: places in a string that have a class of their own
 GLYPH_SIZES = (6, 7, 8, 9)  # pixels: capital heights of fine text in the high-resolution view
-GLYPH_SHARES = (0.12, 0.33, 0.35, 0.20)
+GLYPH_SHARES = (0.22, 0.45, 0.27, 0.06)
 HEADS = {  # classes per patch label, "nothing" included
     "left": len(CHARACTERS) + 1,
     "right": len(CHARACTERS) + 1,

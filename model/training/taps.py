@@ -27,8 +27,8 @@ MERGE = 2  # patches per side of a visual token
 PATCHES = SIDE // PATCH  # per side of the view
 LEAST_PIXELS, MOST_PIXELS = 120 * 120, SIDE * SIDE  # of a resized upload: every square becomes 128 x 128
 SHARDS = 3  # files of scenes, train.SHARD each: four maps of features a scene fill memory
-TOWER_STEPS, TOWER_BATCH, TOWER_RATE = 300, 16, 0.01  # half the rate of a tower from nothing
-WATCHED, INSPECTED = (3, 4), 4  # layers that are shown where the answer is; input that must know the contents
+TOWER_STEPS, TOWER_BATCH, TOWER_RATE = 600, 16, 0.01  # half the rate of a tower from nothing
+WATCHED, INSPECTED = (4, 5), 4  # layers that are shown where the answer is; input that must know the contents
 
 
 def vision_configuration(taps: tuple[int, ...], like) -> Qwen3VLVisionConfig:
@@ -42,14 +42,14 @@ def vision_configuration(taps: tuple[int, ...], like) -> Qwen3VLVisionConfig:
         patch_size=PATCH,
         spatial_merge_size=MERGE,
         temporal_patch_size=2,
-        out_hidden_size=like.hidden_size,
+        out_hidden_size=twins.WIDTH,
         num_position_embeddings=PATCHES**2,
         deepstack_visual_indexes=list(taps),
     )
 
 
 def configuration(taps: tuple[int, ...], like, tokenizer, layers: int = 6) -> Qwen3VLConfig:
-    width = like.hidden_size
+    width = twins.WIDTH
     image, video, start, end, stop, pad = tokenizer.convert_tokens_to_ids(
         ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_end|>", "<|endoftext|>"]
     )
@@ -184,8 +184,7 @@ class Twin(nn.Module):
         visual.merger.requires_grad_(True)
         visual.deepstack_merger_list.requires_grad_(True)
         width = self.model.config.text_config.hidden_size
-        self.contents = packed.Contents(width, dataset.CONTENTS, len(CHARACTERS) + 1)
-        self.grounding = packed.Grounding(width)
+        self.heads = packed.Heads(width, dataset.CONTENTS, len(CHARACTERS) + 1)
         self.lead = tokenizer("<|im_start|>user\n<|vision_start|>", add_special_tokens=False).input_ids
         self.closing = tokenizer("<|vision_end|>", add_special_tokens=False).input_ids
 
@@ -207,21 +206,14 @@ class Twin(nn.Module):
         closing = first + side + torch.arange(len(self.closing))
         return torch.cat([torch.arange(first).expand(3, -1), image, closing.expand(3, -1)], 1)
 
-    def forward(self, features: torch.Tensor, rows: packed.Rows):
+    def forward(self, features: torch.Tensor, rows: packed.Rows | None):
+        """Logits `[S, vocabulary]` at scored positions (None without rows) and the pass."""
         base, stacks = self.inject(features)
         lead, closing = (torch.tensor(ids, device=features.device) for ids in (self.lead, self.closing))
-        hidden, targets, attention, cells, seen = packed.forward(
-            self.model.model.language_model,
-            lead,
-            base,
-            stacks,
-            rows,
-            WATCHED,
-            INSPECTED,
-            closing,
-            self.places(round(base.shape[1] ** 0.5)),
-        )
-        return self.model.lm_head(hidden), targets, attention, cells, seen
+        places = self.places(round(base.shape[1] ** 0.5))
+        language = self.model.model.language_model
+        result = packed.forward(language, lead, base, stacks, rows, WATCHED, INSPECTED, closing, places)
+        return None if rows is None else self.model.lm_head(result.hidden), result
 
 
 def tower_stage(

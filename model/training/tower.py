@@ -22,6 +22,8 @@ from model.training import pages, scenes
 from model.training.muon import Muon
 
 MEAN, STD = 0.5, 0.5  # pixel normalisation of all embedded models, per channel, for values in 0..1
+WIDTH, LAYERS = 192, 5
+DRAINED = 6  # sheets taken in at a step: drawing new ones must not cost as much as training
 HEAD_WEIGHTS = {
     "left": 1.0,
     "right": 1.0,
@@ -34,17 +36,25 @@ HEAD_WEIGHTS = {
 
 
 def accelerator_for(device: str | None) -> Accelerator:
-    """Where to train: CUDA in bfloat16 where there is one, else the CPU in float32; `device` "cpu" forces the CPU."""
+    """Where to train, and how: in bfloat16 on CUDA and on CPUs with matrix units for it (AMX), where a step takes 0.22
+    instead of 0.36 s, else in float32; `device` "cpu" forces the CPU.
+    """
     cuda = torch.cuda.is_available() and device != "cpu"
-    return Accelerator(mixed_precision="bf16" if cuda else "no", cpu=not cuda)
+    fast = cuda or torch.cpu._is_amx_tile_supported()
+    return Accelerator(mixed_precision="bf16" if fast else "no", cpu=not cuda)
 
 
-def config(width: int = 128, layers: int = 5, heads: int = 4) -> CLIPVisionConfig:
+def muon_dtype(accelerator: Accelerator) -> torch.dtype:
+    """What Muon iterates in: the precision of the forward pass."""
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+
+
+def config(width: int = WIDTH, layers: int = LAYERS) -> CLIPVisionConfig:
     return CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=layers,
-        num_attention_heads=heads,
+        num_attention_heads=width // 32,
         image_size=pages.TILE,
         patch_size=8,
         hidden_act="relu",
@@ -66,7 +76,7 @@ class Reader(nn.Module):
 
     def __init__(self, configuration: CLIPVisionConfig):
         super().__init__()
-        self.tower = CLIPVisionModel(configuration)
+        self.tower = CLIPVisionModel._from_config(configuration, attn_implementation="eager")  # fastest to train
         embeddings = self.tower.embeddings if hasattr(self.tower, "embeddings") else self.tower.vision_model.embeddings
         side = configuration.image_size // configuration.patch_size
         with torch.no_grad():
@@ -144,7 +154,9 @@ class Sheets:
 
     def sample(self, count: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Pixels `[count, 3, side, side]` and labels `[count, patches]` per head."""
-        while not self.queue.empty():
+        for _ in range(DRAINED):
+            if self.queue.empty():
+                break
             self._keep(*self.queue.get())
         tiles, labels = [], {head: [] for head in pages.HEADS}
         for kind in self.rng.choice(list(self.shares), count, p=list(self.shares.values())):
@@ -173,8 +185,8 @@ def train_tower(
     steps: int,
     seed: int = 0,
     batch: int = 64,
-    width: int = 128,
-    layers: int = 5,
+    width: int = WIDTH,
+    layers: int = LAYERS,
     low_only: bool = False,
     rate: float = 0.02,
     device: str | None = None,
@@ -191,13 +203,16 @@ def train_tower(
     """
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
-    reader = Reader(config(width, layers, width // 32)) if reader is None else reader
+    reader = Reader(config(width, layers)) if reader is None else reader
     accelerator = accelerator_for(device)
     reader.to(accelerator.device)
     matrices = [p for n, p in reader.tower.named_parameters() if p.ndim == 2 and "embed" not in n]
     chosen = {id(p) for p in matrices}
     others = [p for p in reader.parameters() if id(p) not in chosen]
-    optimizers = [Muon(matrices, lr=rate), torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)]
+    optimizers = [
+        Muon(matrices, lr=rate, dtype=muon_dtype(accelerator)),
+        torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     state, first, spent = out / "tower.pt", 0, 0.0
     if state.exists():

@@ -24,8 +24,8 @@ NAMES = (*twins.MERGE, "taps", "taps-single")
 SHARD = 2500  # scenes in a file
 SHARDS = 8
 VALIDATION_SEED, TRAINING_SEED = 900_001, 1000  # test scenes use other seeds: see app/card.py
-TOWER_STEPS = 3300
-STEPS = 3200
+TOWER_STEPS = 5200
+STEPS = 6000
 
 
 def check_name(name: str) -> None:
@@ -60,6 +60,7 @@ def features_of(reader: tower.Reader, file: Path) -> tuple[dataset.Batch, torch.
 def export(twin: twins.Twin, reader: tower.Reader, out: Path, recipe: dict) -> None:
     """Write a folder that transformers loads: config, float16 safetensors, tokenizer, image processor, template."""
     out.mkdir(parents=True, exist_ok=True)
+    twin.fold()
     model = twin.model
     model.model.vision_tower.load_state_dict(reader.tower.state_dict())
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 3, 0

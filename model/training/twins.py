@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +22,15 @@ from model.training import dataset, packed, scenes, strings
 from model.training.canvas import CHARACTERS, COLOURS, SHAPES
 from model.training.muon import Muon
 from model.training.tokenizer import make_tokenizer
-from model.training.tower import Reader, accelerator_for, to_pixels
+from model.training.tower import Reader, accelerator_for, muon_dtype, to_pixels
 
 MERGE = {"hires": "stack", "hires-single": "none", "hires-concat": "concat"}
 START, INTERVAL, CROPS = 1, 1, 4  # the paper's defaults: stacks before layers 1, 2, 3, 4
 BATCH = 8  # scenes in a step
 ROWS = 12  # questions asked of a scene at once
-FINE_SHARE = 0.78  # of the questions asked
+LOOK_SHARE = 0.17  # of the steps: the first ones ask nothing, image rows only learn what they hold
+LOOK_BATCH = 32  # scenes in such a step
+FINE_SHARE = 0.7  # of the questions asked
 OUT_OF_SCOPE_SHARE = 0.03
 SECOND_TURN_SHARE = 0.08
 SAVE_EVERY = 200  # steps
@@ -35,11 +39,22 @@ WORDS = (  # words that single out a place: their embeddings are drawn towards t
     *(word.lower() for word in (*strings.FIELDS, *strings.ITEMS)),
 )
 _WORD = {word: number for number, word in enumerate(WORDS)}
-WATCHED = (5, 6)  # layers whose head 0 is shown where the answer is, in training
+INSPECTED, WATCHED = (
+    6,
+    (6, 7),
+)  # layer whose input must know the contents; layers whose head 0 is shown the answer's place
+WEIGHTS = {"answer": 1.0, "point": 0.5, "contents": 0.3, "words": 0.3, "asked": 0.1}  # of the losses
+LOOK_WEIGHTS = {"contents": 1.0, "words": 1.0}
+WIDTH, LAYERS = 128, 8
 
 
 def configuration(
-    vision: CLIPVisionConfig, merge: str, vocabulary: int, width: int = 128, layers: int = 8, image_token: int = 4
+    vision: CLIPVisionConfig,
+    merge: str,
+    vocabulary: int,
+    width: int = WIDTH,
+    layers: int = LAYERS,
+    image_token: int = 4,
 ) -> LlavaConfig:
     text = LlamaConfig(
         vocab_size=vocabulary,
@@ -109,8 +124,8 @@ class Questions:
     def tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def turn(self, question: str, answer: str, cells: tuple[int, ...]):
-        """Token ids of one question and its answer; targets at the answer; cells beside them."""
+    def turn(self, question: str, answer: str, cells: tuple[int, ...], words: list[int] = ()):
+        """Token ids of one question and its answer; targets at the answer; cells beside them; numbers of its words."""
         asked = self.tokens(question.lower().strip()) + self.answer
         said = self.tokens(answer) + self.end
         ids = asked + said
@@ -118,7 +133,7 @@ class Questions:
         where = [-1] * len(ids)
         for i, cell in enumerate(cells[: len(said) - 1]):
             where[len(asked) - 1 + i] = cell
-        return ids, targets, where
+        return ids, targets, where, words
 
     def draw(self, items: list[dataset.Item], rng: np.random.Generator):
         """One question of a scene (or one that no scene answers), sometimes with a second turn."""
@@ -132,22 +147,26 @@ class Questions:
             item = group[int(rng.choice(len(group), p=weights / weights.sum()))]
         else:
             item = group[int(rng.integers(len(group)))]
-        return self.turn(scenes.restyle(item.question.reworded(rng), rng), item.question.answer, item.cells)
+        question = item.question
+        return self.turn(
+            scenes.restyle(question.reworded(rng), rng), question.answer, item.cells, place_words(question)
+        )
 
     def rows(self, chosen: list[list[dataset.Item]], rng: np.random.Generator, per_scene: int = ROWS) -> packed.Rows:
         table = []
         two_turns = rng.random() < SECOND_TURN_SHARE  # of the batches: half as many rows, two questions each
         for items in chosen:
             for _ in range(per_scene // 2 if two_turns else per_scene):
-                ids, targets, where = self.draw(items, rng)
+                ids, targets, where, words = self.draw(items, rng)
                 if two_turns:
                     more = self.draw(items, rng)
-                    ids, targets, where = (
+                    ids, targets, where, words = (
                         ids + self.user + more[0],
                         targets + [-100] * len(self.user) + more[1],
                         where + [-1] * len(self.user) + more[2],
+                        None,  # two questions: which words were asked depends on the position
                     )
-                table.append((ids, targets, where))
+                table.append((ids, targets, where, words))
         return self.pad(table)
 
     def grounding(self, chosen: list[list[dataset.Item]]) -> torch.Tensor:
@@ -157,52 +176,88 @@ class Questions:
         for b, items in enumerate(chosen):
             for item in items:
                 cells = [cell for cell in item.cells if cell >= 0]
-                said = [str(value) for _, value in item.question.words]
-                said += [item.question.answer] if item.question.thing is not None else []
-                for word in " ".join(said).split():
-                    if word in _WORD and cells:
-                        truth[b, cells, _WORD[word]] = 1
+                words = place_words(item.question)
+                if item.question.thing is not None:
+                    words = [*words, _WORD[item.question.answer]]
+                for word in words:
+                    truth[b, cells, word] = 1
         return truth
 
     @staticmethod
     def pad(table) -> packed.Rows:
-        longest = max(len(ids) for ids, _, _ in table)
+        longest = max(len(ids) for ids, *_ in table)
         full = [
             torch.tensor([row[k] + [fill] * (longest - len(row[k])) for row in table])
             for k, fill in ((0, 0), (1, -100), (2, -1))
         ]
-        return packed.Rows(*full, torch.tensor([len(ids) for ids, _, _ in table]))
+        asked = torch.zeros(len(table), len(WORDS))
+        for number, (*_, words) in enumerate(table):
+            if words is None:
+                asked[number] = -1
+            else:
+                asked[number, list(words)] = 1
+        return packed.Rows(*full, torch.tensor([len(ids) for ids, *_ in table]), asked)
+
+
+def place_words(question: scenes.Question) -> list[int]:
+    """Numbers of the WORDS by which a question singles out its place."""
+    said = " ".join(str(value) for _, value in question.words).split()
+    return [_WORD[word] for word in said if word in _WORD]
 
 
 class Twin(nn.Module):
-    """Projector, decoder and training-only head of one variant; `merge` is what enters."""
+    """Projector, decoder and training-only heads of one variant; `merge` is what enters.
 
-    def __init__(self, merge: str, vision: CLIPVisionConfig, vocabulary: int):
+    features: a sample of the tower's, `[n, 5, 64, width]`. Their directions differ a thousandfold in size, so the
+    projector is trained on whitened ones, with a floor under small directions; `fold` puts that into its first layer.
+    """
+
+    FLOOR = 0.1  # of the mean variance of a direction
+
+    def __init__(self, merge: str, vision: CLIPVisionConfig, vocabulary: int, features: torch.Tensor):
         super().__init__()
         self.merge = merge
         self.model = LlavaForConditionalGeneration(configuration(vision, merge, vocabulary))
-        self.grounding = packed.Grounding(self.model.config.text_config.hidden_size)
-        self.contents = packed.Contents(
-            self.model.config.text_config.hidden_size, dataset.CONTENTS, len(CHARACTERS) + 1
-        )
+        self.heads = packed.Heads(self.model.config.text_config.hidden_size, dataset.CONTENTS, len(CHARACTERS) + 1)
+        for layer in (self.projector.linear_1, self.projector.linear_2):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+            nn.init.zeros_(layer.bias)
+        rows = features.float().flatten(0, -2)
+        variances, directions = torch.linalg.eigh(torch.cov(rows.T))
+        scales = (variances + self.FLOOR * variances.mean()).rsqrt()
+        self.register_buffer("centre", rows.mean(0))
+        self.register_buffer("whiten", directions @ scales.diag() @ directions.T)
+
+    @property
+    def projector(self) -> nn.Module:
+        return self.model.model.multi_modal_projector
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Put the whitening into the projector's first layer: from now on the tower's own features enter."""
+        first = self.projector.linear_1
+        weight = first.weight.unflatten(1, (-1, len(self.centre))) @ self.whiten
+        first.bias -= (weight @ self.centre).sum(1)
+        first.weight.copy_(weight.flatten(1))
+        self.centre.zero_()
+        self.whiten.copy_(torch.eye(len(self.whiten)))
 
     def inject(self, features: torch.Tensor):
         """Features `[B, 5, 64, width]` to the base `[B, 64, d]` and the stacks by layer."""
-        projector = self.model.model.multi_modal_projector
+        features = (features - self.centre) @ self.whiten
         if self.merge == "concat":
-            return projector(features.transpose(1, 2).flatten(2)), {}
+            return self.projector(features.transpose(1, 2).flatten(2)), {}
         if self.merge == "none":
-            return projector(features[:, 0]), {}
-        rows = projector(features)
+            return self.projector(features[:, 0]), {}
+        rows = self.projector(features)
         return rows[:, 0], {START + INTERVAL * s: rows[:, 1 + s] for s in range(CROPS)}
 
-    def forward(self, features: torch.Tensor, rows: packed.Rows):
+    def forward(self, features: torch.Tensor, rows: packed.Rows | None):
+        """Logits `[S, vocabulary]` at scored positions (None without rows) and the pass."""
         base, stacks = self.inject(features)
         lead = torch.tensor([2, 5], device=features.device)
-        hidden, targets, attention, cells, seen = packed.forward(
-            self.model.model.language_model, lead, base, stacks, rows, WATCHED, 6
-        )
-        return self.model.lm_head(hidden), targets, attention, cells, seen
+        result = packed.forward(self.model.model.language_model, lead, base, stacks, rows, WATCHED, INSPECTED)
+        return None if rows is None else self.model.lm_head(result.hidden), result
 
 
 def train_twin(
@@ -222,7 +277,7 @@ def train_twin(
     """Train one variant for `steps` steps of `batch` scenes; resumable from out/last.pt."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
-    twin = Twin(MERGE[name], reader.tower.config, len(tokenizer))
+    twin = Twin(MERGE[name], reader.tower.config, len(tokenizer), data[0][1][:500])
     twin.model.model.vision_tower.requires_grad_(False)
     return fit(name, twin, Questions(tokenizer), data, validation, out, steps, batch, seed, rate, device, progress, log)
 
@@ -242,8 +297,10 @@ def fit(
     progress=None,
     log=print,
 ) -> nn.Module:
-    """Train what needs a gradient in `twin`, called as a Twin is; resumable from out/last.pt. bfloat16 on CUDA, float32
-    on the CPU.
+    """Train what needs a gradient in `twin`, called as a Twin is; resumable from out/last.pt.
+
+    The first steps ask nothing: with many scenes at once and no question tokens, image rows learn what they hold ten
+    times faster than from answers. bfloat16 on CUDA; float32 on the CPU, where layers as narrow gain nothing from it.
     """
     out.mkdir(parents=True, exist_ok=True)
     llama = twin.model.model.language_model
@@ -252,7 +309,10 @@ def fit(
     twin.to(accelerator.device)
     chosen = {id(p) for p in matrices}
     others = [p for p in twin.parameters() if p.requires_grad and id(p) not in chosen]
-    optimizers = [Muon(matrices, lr=rate), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0)]
+    optimizers = [
+        Muon(matrices, lr=rate, dtype=muon_dtype(accelerator)),
+        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     counts = np.cumsum([0] + [len(b.items) for b, _ in data])
     first, spent = 0, 0.0
@@ -263,30 +323,32 @@ def fit(
         for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(values)
         first, spent = saved["step"], saved["minutes"]
-    started, sums = time.time() - spent * 60, np.zeros(5)
+    started, sums, since = time.time() - spent * 60, Counter(), 0
+    looks = int(steps * LOOK_SHARE)
     for step in range(first, steps):
         rng = np.random.default_rng([seed, step])  # the same scenes and questions for every variant
-        order = rng.integers(counts[-1], size=batch)
+        order = rng.integers(counts[-1], size=LOOK_BATCH if step < looks else batch)
         shards = np.searchsorted(counts, order, side="right") - 1
         picked = [(s, i - counts[s]) for s, i in zip(shards, order, strict=True)]
         features = torch.stack([data[s][1][i] for s, i in picked]).float().to(accelerator.device)
         contents = torch.from_numpy(np.stack([data[s][0].contents[i] for s, i in picked])).to(accelerator.device)
-        chosen_items = [data[s][0].items[i] for s, i in picked]
-        rows = questions.rows(chosen_items, rng).to(accelerator.device)
-        truth = questions.grounding(chosen_items).to(accelerator.device)
+        items = [data[s][0].items[i] for s, i in picked]
+        truth = questions.grounding(items).to(accelerator.device)
+        rows = questions.rows(items, rng).to(accelerator.device) if step >= looks else None
         factor = min(1.0, (step + 1) / 100, max(0.02, (1 - step / steps) / 0.6))
         for optimizer, rate_ in zip(optimizers, rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate_ * factor
-        with accelerator.autocast():
-            logits, targets, attention, cells, seen = twin(features, rows)
-        answer_loss = F.cross_entropy(logits.float(), targets)
-        known = cells >= 0
-        point_loss = sum(
-            -torch.log(a[known].float().gather(1, cells[known, None]) + 1e-6).mean() for a in attention.values()
-        ) / len(attention)
-        contents_loss = twin.contents.loss(seen.float(), contents)
-        words_loss = twin.grounding.loss(seen.float(), llama.embed_tokens.weight[questions.words], truth)
-        loss = answer_loss + 0.25 * point_loss + 0.1 * contents_loss + 0.1 * words_loss
+        with accelerator.autocast() if accelerator.device.type == "cuda" else nullcontext():
+            logits, result = twin(features, rows)
+        words = llama.embed_tokens.weight[questions.words]
+        losses = {
+            "contents": twin.heads.contents_loss(result.seen, contents),
+            "words": twin.heads.words_loss(result.seen, words, truth, asked=False),
+        }
+        if rows is not None:
+            losses |= answer_losses(twin, logits, result, rows, words)
+        weights = LOOK_WEIGHTS if rows is None else WEIGHTS
+        loss = sum(weights[name] * value for name, value in losses.items())
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         accelerator.backward(loss)
@@ -294,27 +356,35 @@ def fit(
         for optimizer in optimizers:
             optimizer.step()
         if progress:
-            progress((step + 1) / steps, f"{name} step {step + 1} of {steps}, loss {answer_loss.item():.3f}")
-        sums += [answer_loss.item(), point_loss.item(), contents_loss.item(), words_loss.item(), 1]
+            progress((step + 1) / steps, f"{name} step {step + 1} of {steps}, loss {loss.item():.3f}")
+        sums.update({name: value.item() for name, value in losses.items()})
+        since += 1
         minutes = (time.time() - started) / 60
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             values = {"twin": twin.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
             torch.save(values | {"step": step + 1, "minutes": minutes}, last)
         if (step + 1) % 200 == 0 or step + 1 == steps:
-            record = {
-                "step": step + 1,
-                "minutes": round(minutes, 2),
-                **dict(
-                    zip(("answer", "point", "contents", "words"), (sums[:4] / sums[4]).round(4).tolist(), strict=True)
-                ),
-            }
-            sums[:] = 0
-            if (step + 1) % 600 == 0 or step + 1 == steps:
+            record = {"step": step + 1, "minutes": round(minutes, 2)}
+            record |= {name: round(value / since, 4) for name, value in sums.items()}
+            sums, since = Counter(), 0
+            if step >= looks and (step + 1) % 1000 == 0 or step + 1 == steps:
                 record |= score(twin, questions, *validation)
             log(json.dumps(record))
             with open(out / "curve.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
     return twin.cpu()
+
+
+def answer_losses(twin, logits, result: packed.Pass, rows: packed.Rows, words) -> dict[str, torch.Tensor]:
+    """Answers; where head 0 of the watched layers looks; which place words the answers' positions know of."""
+    known, asked = result.cells >= 0, rows.asked[result.row]
+    single = asked[:, 0] >= 0  # of rows with one question
+    point = [-torch.log(a[known].gather(1, result.cells[known, None]) + 1e-6).mean() for a in result.attention.values()]
+    return {
+        "answer": F.cross_entropy(logits.float(), result.targets),
+        "point": sum(point) / len(point),
+        "asked": twin.heads.words_loss(result.asking[single], words, asked[single], asked=True),
+    }
 
 
 @torch.no_grad()
@@ -330,8 +400,8 @@ def score(twin: Twin, questions: Questions, batch: dataset.Batch, features: torc
         table = [questions.turn(i.question.question, i.question.answer, i.cells) for items in chosen for i in items]
         device = next(twin.parameters()).device
         rows = questions.pad(table).to(device)
-        logits, targets, _, _, _ = twin(features[start : start + 10].float().to(device), rows)
-        right = logits.argmax(-1) == targets
+        logits, result = twin(features[start : start + 10].float().to(device), rows)
+        right = logits.argmax(-1) == result.targets
         place = 0
         for n, (items, number) in enumerate((items, k) for items in chosen for k in range(most)):
             size = sum(t != -100 for t in table[n][1])

@@ -6,6 +6,7 @@ import torch
 
 from model.loading import load
 from model.training import dataset, scenes, tower, train, twins
+from model.training.muon import Muon, orthogonal
 from model.training.tokenizer import make_tokenizer
 
 
@@ -52,7 +53,7 @@ def small():
     """Six scenes, an untrained tower and its features."""
     torch.manual_seed(0)
     batch = dataset.render(6, 3)
-    reader = tower.Reader(tower.config(64, 2, 2)).eval().requires_grad_(False)
+    reader = tower.Reader(tower.config(64, 2)).eval().requires_grad_(False)
     return batch, reader, twins.encode(reader, batch)
 
 
@@ -60,11 +61,11 @@ def small():
 def test_packed_pass_equals_transformers(small, tokenizer, merge):
     """Every question's logits are those of transformers' Llama on that question alone, stacks added by hooks."""
     batch, reader, features = small
-    twin = twins.Twin(merge, reader.tower.config, len(tokenizer)).eval()
+    twin = twins.Twin(merge, reader.tower.config, len(tokenizer), features).eval()
     rows = twins.Questions(tokenizer).rows(batch.items, np.random.default_rng(0), per_scene=3)
     llama = twin.model.model.language_model
     with torch.no_grad():
-        logits, targets, _, _, _ = twin(features.float(), rows)
+        logits, result = twin(features.float(), rows)
         base, stacks = twin.inject(features.float())
         place = 0
         for i in range(len(rows.ids)):
@@ -89,9 +90,55 @@ def test_packed_pass_equals_transformers(small, tokenizer, merge):
             scored = rows.targets[i, :length] != -100
             count = int(scored.sum())
             torch.testing.assert_close(logits[place : place + count], expected[scored], atol=5e-6, rtol=0)
-            assert torch.equal(targets[place : place + count], rows.targets[i, :length][scored])
+            assert torch.equal(result.targets[place : place + count], rows.targets[i, :length][scored])
             place += count
         assert place == len(logits)
+
+
+@pytest.mark.parametrize("merge", ["stack", "none", "concat"])
+def test_folding_the_whitening_changes_nothing_but_what_enters(small, tokenizer, merge):
+    """The twin trains on whitened features, each direction of about unit size; folded, on the tower's own."""
+    _, reader, features = small
+    features = features.double()
+    twin = twins.Twin(merge, reader.tower.config, len(tokenizer), features).double()
+    white = ((features - twin.centre) @ twin.whiten).flatten(0, 2)
+    variances = torch.linalg.eigvalsh(torch.cov(white.T))
+    assert 0.5 < variances[-1] <= 1
+    before, stacks = twin.inject(features)
+    twin.fold()
+    after, folded = twin.inject(features)
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+    assert all(torch.allclose(folded[m], stacks[m], atol=1e-5) for m in stacks)
+    assert torch.equal(twin.centre, torch.zeros(64).double())
+
+
+def test_a_look_is_the_image_part_of_a_pass_with_questions(small, tokenizer):
+    """Without questions the image rows hold what they hold beside questions: questions do not change them."""
+    batch, reader, features = small
+    twin = twins.Twin("stack", reader.tower.config, len(tokenizer), features).eval()
+    rows = twins.Questions(tokenizer).rows(batch.items, np.random.default_rng(0), per_scene=2)
+    with torch.no_grad():
+        _, asked = twin(features.float(), rows)
+        logits, look = twin(features.float(), None)
+    assert logits is None and look.hidden is None
+    torch.testing.assert_close(look.seen, asked.seen, atol=1e-5, rtol=0)
+
+
+def test_muon_takes_matrices_of_one_shape_together_and_changes_each_as_alone():
+    torch.manual_seed(0)
+    start, grads = torch.randn(3, 6, 4), torch.randn(2, 3, 6, 4)
+    together = [torch.nn.Parameter(start[i].clone()) for i in range(3)]
+    alone = [torch.nn.Parameter(start[i].clone()) for i in range(3)]
+    optimizers = [Muon(together, lr=0.1), *(Muon([p], lr=0.1) for p in alone)]
+    for step in range(2):
+        for i in range(3):
+            together[i].grad, alone[i].grad = grads[step, i].clone(), grads[step, i].clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other)
+    update = orthogonal(grads[0, 0])  # singular values of about one: the quintic leaves them within 0.7 to 1.2
+    assert 0.6 < torch.linalg.svdvals(update).min() and torch.linalg.svdvals(update).max() < 1.3
 
 
 def test_features_are_the_dilated_mosaic(small):
@@ -161,7 +208,7 @@ def test_two_steps_to_a_folder_that_loads_and_answers_alike(name, workdir, tmp_p
     assert engine.layout.stack_names == (("0", "1", "2", "3") if name == "hires" else ())
 
     reader = tower.load_reader(workdir / "tower")
-    twin = twins.Twin(twins.MERGE[name], reader.tower.config, len(tokenizer))
+    twin = twins.Twin(twins.MERGE[name], reader.tower.config, len(tokenizer), twins.encode(reader, batch))
     twin.load_state_dict(torch.load(workdir / name / "last.pt", weights_only=True)["twin"])
     scene = scenes.make_scene(np.random.default_rng([train.VALIDATION_SEED, 0]))
     features = twins.encode(reader, batch)[:1].float()
@@ -169,8 +216,8 @@ def test_two_steps_to_a_folder_that_loads_and_answers_alike(name, workdir, tmp_p
     questions = twins.Questions(tokenizer)
     rows = questions.pad([questions.turn(item.question.question, item.question.answer, item.cells)])
     with torch.no_grad():
-        logits, targets, _, _, _ = twin(features, rows)
-    expected = logits.log_softmax(-1).gather(1, targets[:, None])[:-1, 0]
+        logits, result = twin(features, rows)
+    expected = logits.log_softmax(-1).gather(1, result.targets[:, None])[:-1, 0]
     content = [{"type": "image", "image": scene.image}, {"type": "text", "text": item.question.question.upper()}]
     scored = engine.score(
         engine.prompt([{"role": "user", "content": content}]), engine.layout.default, item.question.answer

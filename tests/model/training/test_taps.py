@@ -24,7 +24,7 @@ def tokenizer():
 def clip():
     """An untrained CLIP tower with its heads, 64 wide, whose norms are not at rest."""
     torch.manual_seed(0)
-    reader = tower.Reader(tower.config(64, 5, 2)).eval().requires_grad_(False)
+    reader = tower.Reader(tower.config(64, 5)).eval().requires_grad_(False)
     for name, weight in reader.named_parameters():
         if "norm" in name:
             weight += 0.2 * torch.randn_like(weight)
@@ -64,7 +64,7 @@ def test_packed_pass_equals_transformers_from_the_pixels_on(name, reader, clip, 
     rows = taps.questions_of(tokenizer).rows(batch.items, np.random.default_rng(0), per_scene=3)
     image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     with torch.no_grad():
-        logits, targets, _, _, _ = twin(features(reader, pixels), rows)
+        logits, result = twin(features(reader, pixels), rows)
         place = 0
         for i in range(len(rows.ids)):
             length = int(rows.length[i])
@@ -79,7 +79,7 @@ def test_packed_pass_equals_transformers_from_the_pixels_on(name, reader, clip, 
             scored = rows.targets[i, :length] != -100
             count = int(scored.sum())
             torch.testing.assert_close(logits[place : place + count], expected[scored], atol=5e-6, rtol=0)
-            assert torch.equal(targets[place : place + count], rows.targets[i, :length][scored])
+            assert torch.equal(result.targets[place : place + count], rows.targets[i, :length][scored])
             place += count
         assert place == len(logits)
 
@@ -175,7 +175,7 @@ def test_two_steps_to_a_folder_that_answers_as_in_training(name, clip, tokenizer
     frozen = taps.load_reader(tmp_path / "taps-tower")
     frozen.half().float()
     with torch.no_grad():
-        logits, targets, _, _, _ = twin(features(frozen, tower.to_pixels(high[None])), rows)
-    assert logits.argmax(-1).tolist() == said == targets.tolist()
+        logits, result = twin(features(frozen, tower.to_pixels(high[None])), rows)
+    assert logits.argmax(-1).tolist() == said == result.targets.tolist()
     given = torch.tensor([token.logprob for token in answer.tokens])
     torch.testing.assert_close(given, logits.log_softmax(-1).max(-1).values, atol=1e-4, rtol=0)
