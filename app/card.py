@@ -90,8 +90,8 @@ def _figures(folder: Path, results: Sequence[dict]) -> None:
     curves = {f"{r['state']}, {r['fonts']} fonts": acuity(r["fine_by_glyph_px"]) for r in results}
     (folder / "acuity.svg").write_bytes(figures_mpl.svg(figures_mpl.acuity_curves(curves)))
     lines = [json.loads(line) for line in (folder / "curve.jsonl").read_text(encoding="utf-8").splitlines()]
-    steps = [line["step"] for line in lines]
-    curve = {"answer loss (training)": (steps, [line["answer"] for line in lines])}
+    asked = [line for line in lines if "answer" in line]  # the first steps ask nothing
+    curve = {"answer loss (training)": ([line["step"] for line in asked], [line["answer"] for line in asked])}
     (folder / "curve.svg").write_bytes(figures_mpl.svg(figures_mpl.loss_curve(curve)))
 
 
@@ -105,6 +105,8 @@ def _text(folder: Path, engine: Engine, results: Sequence[dict]) -> str:
         shares = [f"{100 * kind[number]:.1f} %" for kind in kinds for number in ("exact_match", "cer")]
         lucky = [f"{100 * r['chance'][k]:.1f} %" for k in ("fine", "coarse")]
         rows.append(f"| `{r['plan']}` | {r['state']} | {r['n']}, {r['fonts']} fonts | {' | '.join(shares + lucky)} |")
+    legible = folder / "legibility.json"
+    seen = _legibility(json.loads(legible.read_text(encoding="utf-8"))) if legible.exists() else ""
     facts = "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in recipe.items())
     return (
         f"# {name}\n\n{STATEMENTS[name]} {LIMITS}\n\n"
@@ -112,7 +114,23 @@ def _text(folder: Path, engine: Engine, results: Sequence[dict]) -> str:
         "model with its stacks switched off: it shows what this model relies on, it is not a baseline. "
         "*Chance* is the best answer that ignores the picture.\n\n" + "\n".join(rows) + "\n\n"
         "![Exact match by glyph height](acuity.svg)\n\n![Training loss](curve.svg)\n\n"
-        f"## Recipe\n\n`python -m app train {name}`\n\n{facts}\n\n"
+        f"{seen}## Recipe\n\n`python -m app train {name}`\n\n{facts}\n\n"
         f"Default plan `{engine.layout.default}`; weights are float16 safetensors, under the repository's licence, "
         "trained on pictures that the repository draws itself.\n"
+    )
+
+
+def _legibility(found: dict) -> str:
+    """What towers alone tell of fine text, by capital height: the ceiling of a model that sees one view."""
+    views = {key: value for key, value in found.items() if isinstance(value, dict)}
+    heights = sorted({height for value in views.values() for height in value}, key=float)
+    rows = [
+        f"| {view} | " + " | ".join(f"{100 * value[h]['strings']:.0f} %" if h in value else "" for h in heights) + " |"
+        for view, value in views.items()
+    ]
+    return (
+        "## What the views can tell\n\nWhole strings named by a vision tower's own heads, without a language model, "
+        f"on {found['scenes']} fresh scenes, by capital height in pixels of the high-resolution view (half that in "
+        "the global one):\n\n"
+        f"| | {' | '.join(f'{h} px' for h in heights)} |\n|---{'|--:' * len(heights)}|\n" + "\n".join(rows) + "\n\n"
     )

@@ -60,6 +60,16 @@ def patch_labels(glyphs, things, side: int, patch: int = PATCH) -> dict[str, np.
     return out
 
 
+def place_of(glyph, side: int, patch: int = PATCH) -> tuple[int, int, str] | None:
+    """Where a glyph's centre lies in a view of `side` pixels: number of the tile, of the patch in it, and the half of
+    that patch; None outside. Tiles and patches are counted row by row."""
+    if not (0 <= glyph.x < side and 0 <= glyph.y < side):
+        return None
+    tile = int(glyph.y // TILE) * (side // TILE) + int(glyph.x // TILE)
+    x, y = glyph.x % TILE, glyph.y % TILE
+    return tile, int(y // patch) * (TILE // patch) + int(x // patch), "left" if x % patch < patch / 2 else "right"
+
+
 def dense_page(rng: np.random.Generator, side: int = 256, font_set: str = "train") -> Sheet:
     """Lines of short strings over the whole page, some on panels, with a few shapes between them."""
     canvas = Canvas(rng, scale=int(rng.choice([1, 2, 3], p=[0.4, 0.4, 0.2])), side=side)

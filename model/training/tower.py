@@ -283,3 +283,43 @@ def load_reader(out: Path) -> Reader:
     reader = Reader(CLIPVisionConfig(**saved["config"]))
     reader.load_state_dict(saved["reader"])
     return reader.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def legibility(reader: Reader, scenes_count: int, seed: int) -> dict[str, dict[str, dict[str, float]]]:
+    """What a tower alone can tell of fine text on fresh scenes: view -> capital height in pixels of the high-resolution
+    view -> share of `characters` named rightly and of whole `strings`, and how many strings there were.
+
+    A string counts as read when each of its characters is named at the patch and half that hold its centre; where two
+    share one, the label is the later one's, so this is an estimate from below for narrow letters.
+    """
+    found: dict[str, dict[float, list[tuple[float, bool]]]] = {"global": {}, "high-resolution": {}}
+    for number in range(scenes_count):
+        scene = scenes.make_scene(np.random.default_rng([seed, number]))
+        heights = {question.string: question.glyph_px for question in scene.questions if question.string is not None}
+        low, high = pages.scene_sheets(scene.image, scene.glyphs, scene.things)
+        for view, sheet in (("global", low), ("high-resolution", high)):
+            corners = range(0, sheet.pixels.shape[0], pages.TILE)
+            tiles = {(x, y): sheet.tile(x, y)[0].copy() for y in corners for x in corners}
+            logits = reader(to_pixels(np.stack(list(tiles.values()))).to(next(reader.parameters()).device))
+            named = {half: logits[half].argmax(-1).view(len(tiles), -1).cpu() for half in ("left", "right")}
+            strings: dict[int, list[bool]] = {}
+            for glyph in sheet.glyphs:
+                place = pages.place_of(glyph, sheet.pixels.shape[0])
+                if glyph.string in heights and place is not None:
+                    tile, patch, half = place
+                    truth = pages.CHARACTERS.index(glyph.character) + 1
+                    strings.setdefault(glyph.string, []).append(int(named[half][tile, patch]) == truth)
+            for string, hits in strings.items():
+                found[view].setdefault(heights[string], []).append((float(np.mean(hits)), all(hits)))
+    return {
+        view: {
+            f"{height:g}": {
+                "strings": round(float(np.mean([whole for _, whole in hits])), 3),
+                "characters": round(float(np.mean([share for share, _ in hits])), 3),
+                "n": len(hits),
+            }
+            for height, hits in sorted(heights_found.items())
+        }
+        for view, heights_found in found.items()
+    }

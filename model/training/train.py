@@ -26,6 +26,8 @@ SHARDS = 8
 VALIDATION_SEED, TRAINING_SEED = 900_001, 1000  # test scenes use other seeds: see app/card.py
 TOWER_STEPS = 5200
 STEPS = 6000
+LOW_STEPS = 1200  # of a tower that sees global views alone: as many such tiles as the shared tower sees, twice
+LEGIBILITY_SCENES, LEGIBILITY_SEED = 300, 7003
 
 
 def check_name(name: str) -> None:
@@ -55,6 +57,27 @@ def features_of(reader: tower.Reader, file: Path) -> tuple[dataset.Batch, torch.
     features = twins.encode(reader, batch)
     torch.save(features, kept)
     return batch, features
+
+
+def legibility_stage(workdir: Path, steps: int, out: Path, scenes: int, device, seed: int, progress) -> None:
+    """Show that fine text is illegible in the global view, and legible in the high-resolution one: out/legibility.json.
+
+    A tower trained on global views alone says what they can tell; the frozen tower that the twins share, what both can.
+    """
+    tower.train_tower(workdir / "low-tower", steps, seed=seed, low_only=True, device=device, progress=progress)
+    alone, shared = (
+        tower.legibility(tower.load_reader(workdir / folder), scenes, LEGIBILITY_SEED)
+        for folder in ("low-tower", "tower")
+    )
+    found = {
+        "scenes": scenes,
+        "seed": LEGIBILITY_SEED,
+        "low_only_steps": steps,
+        "global view, tower trained on it alone": alone["global"],
+        "global view, shared tower": shared["global"],
+        "high-resolution view, shared tower": shared["high-resolution"],
+    }
+    (out / "legibility.json").write_text(json.dumps(found, indent=2) + "\n")
 
 
 def export(twin: twins.Twin, reader: tower.Reader, out: Path, recipe: dict) -> None:
@@ -139,4 +162,7 @@ def train(
     export(twin, reader, out, recipe)
     (out / "curve.jsonl").write_text(curve)
     (out / "tower.jsonl").write_text(tower_curve)
+    if name == "hires-single":
+        count = min(LEGIBILITY_SCENES, shards * per_shard)
+        legibility_stage(workdir, min(LOW_STEPS, tower_steps), out, count, device, seed, progress)
     return out

@@ -1,5 +1,7 @@
 """Tokenizer and training pass: spelling, templates, and the same numbers as transformers."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -225,5 +227,9 @@ def test_two_steps_to_a_folder_that_loads_and_answers_alike(name, workdir, tmp_p
     torch.testing.assert_close(
         torch.tensor([t.logprob for t in scored]), expected, atol=2e-2, rtol=0
     )  # float16 weights
+    if name == "hires-single":  # what its view can tell, from a tower trained on that alone
+        legible = json.loads((out / "legibility.json").read_text())
+        for view in ("global view, tower trained on it alone", "high-resolution view, shared tower"):
+            assert sum(height["n"] for height in legible[view].values()) > 5
     with pytest.raises(train.UserError, match="--resume"):
         train.train(name, out=tmp_path / name, device="cpu", **options)

@@ -151,3 +151,16 @@ def test_codes_avoid_look_alikes_and_prices_look_like_prices():
         assert not set(strings.code(rng)) & set("O0I1L") - set("L")
         whole, cents = strings.price(rng).split(".")
         assert whole.isdigit() and len(cents) == 2
+
+
+def test_the_place_of_a_glyph_is_where_its_label_stands():
+    """Tile, patch and half agree with the labels of that very tile, unless a later glyph took the same half."""
+    scene = scenes.make_scene(np.random.default_rng(4), name="receipt")
+    _, high = pages.scene_sheets(scene.image, scene.glyphs, scene.things)
+    last = {pages.place_of(glyph, SIDE): glyph for glyph in high.glyphs}
+    last.pop(None, None)
+    assert len(last) > 20 and {tile for tile, _, _ in last} == {0, 1, 2, 3}
+    for (tile, patch, half), glyph in last.items():
+        _, labels = high.tile(tile % 2 * pages.TILE, tile // 2 * pages.TILE)
+        assert labels[half].reshape(-1)[patch] == CHARACTERS.index(glyph.character) + 1
+    assert pages.place_of(high.glyphs[0].__class__("A", -1.0, 5.0, 0, 0, "red"), SIDE) is None
