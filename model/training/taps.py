@@ -8,7 +8,6 @@ DeepStack-L models' CLIP tower where shapes allow, and is trained on. Knows noth
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import torch
@@ -282,7 +281,7 @@ def train_taps(
     `steps` are the language model's; `tower_steps` the tower's, after `start_steps` of the CLIP tower that it starts
     from. Every stage goes on from what is in workdir; without `resume`, an earlier language model is dropped.
     """
-    started, run = time.time(), workdir / name
+    run = workdir / name
     if not resume:
         for file in ("last.pt", "curve.jsonl"):
             (run / file).unlink(missing_ok=True)
@@ -311,9 +310,7 @@ def train_taps(
         "seed": seed,
         "hours": round(sum(minutes.values()) / 60, 2),
         "scenes": shards * per_shard,
-        "scenes_seen": steps * twins.BATCH,
-        "questions_seen": steps * twins.BATCH * twins.ROWS,
-        "steps": steps,
+        **twins.shown(steps),
         "stages": [
             {
                 "stage": "start of the tower",
@@ -335,10 +332,8 @@ def train_taps(
                 "questions_per_scene": twins.ROWS,
             },
         ],
-        "device": str(tower.accelerator_for(device).device),
-        "threads": torch.get_num_threads(),
+        **tower.machine(device),
         "parameters": sum(p.numel() for p in twin.model.parameters()),
-        "session_minutes": round((time.time() - started) / 60, 1),
     }
     for stage in recipe["stages"]:
         stage["minutes"] = minutes[stage["stage"]]

@@ -49,6 +49,13 @@ def muon_dtype(accelerator: Accelerator) -> torch.dtype:
     return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
 
 
+def machine(device: str | None) -> dict[str, str | int]:
+    """What a run was made on, for its recipe."""
+    accelerator = accelerator_for(device)
+    precision = "bfloat16" if accelerator.mixed_precision == "bf16" else "float32"
+    return {"device": str(accelerator.device), "tower_precision": precision, "threads": torch.get_num_threads()}
+
+
 def config(width: int = WIDTH, layers: int = LAYERS) -> CLIPVisionConfig:
     return CLIPVisionConfig(
         hidden_size=width,

@@ -8,7 +8,6 @@ again, so `train hires` and then `train hires-single` trains the tower once. Kno
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import torch
@@ -126,7 +125,7 @@ def train(
         raise UserError(
             f"{run} holds an earlier run of {name}: go on with it by --resume, or choose another --workdir."
         )
-    started, steps, tower_steps = time.time(), steps or STEPS, tower_steps or TOWER_STEPS
+    steps, tower_steps = steps or STEPS, tower_steps or TOWER_STEPS
     if name.startswith("taps"):
         from model.training.taps import train_taps
 
@@ -142,22 +141,20 @@ def train(
     tower_curve = (workdir / "tower" / "tower.jsonl").read_text()
     curve = (run / "curve.jsonl").read_text()
     last = json.loads(curve.splitlines()[-1])
+    tower_minutes = json.loads(tower_curve.splitlines()[-1])["minutes"]
     recipe = {
         "name": name,
         "merge": twins.MERGE[name],
         "seed": seed,
         "scenes": shards * per_shard,
-        "scenes_seen": steps * twins.BATCH,
-        "questions_seen": steps * twins.BATCH * twins.ROWS,
-        "steps": steps,
+        **twins.shown(steps),
         "training_losses": "answers; pointing at the answer; contents and question words of visual tokens",
         "tower_steps": tower_steps,
-        "tower_minutes": json.loads(tower_curve.splitlines()[-1])["minutes"],
+        "tower_minutes": tower_minutes,
         "language_model_minutes": last["minutes"],
-        "device": str(tower.accelerator_for(device).device),
-        "threads": torch.get_num_threads(),
+        "hours": round((tower_minutes + last["minutes"]) / 60, 2),
+        **tower.machine(device),
         "parameters": sum(p.numel() for p in twin.model.parameters()),
-        "session_minutes": round((time.time() - started) / 60, 1),
     }
     export(twin, reader, out, recipe)
     (out / "curve.jsonl").write_text(curve)

@@ -199,6 +199,22 @@ class Questions:
         return packed.Rows(*full, torch.tensor([len(ids) for ids, *_ in table]), asked)
 
 
+def looking_steps(steps: int) -> int:
+    """How many of a run's steps come before the first question."""
+    return int(steps * LOOK_SHARE)
+
+
+def shown(steps: int) -> dict[str, int]:
+    """What a run of `steps` steps has shown, for its recipe."""
+    looks = looking_steps(steps)
+    return {
+        "steps": steps,
+        "steps_without_questions": looks,
+        "scenes_seen": looks * LOOK_BATCH + (steps - looks) * BATCH,
+        "questions_seen": (steps - looks) * BATCH * ROWS,
+    }
+
+
 def place_words(question: scenes.Question) -> list[int]:
     """Numbers of the WORDS by which a question singles out its place."""
     said = " ".join(str(value) for _, value in question.words).split()
@@ -299,8 +315,9 @@ def fit(
 ) -> nn.Module:
     """Train what needs a gradient in `twin`, called as a Twin is; resumable from out/last.pt.
 
-    The first steps ask nothing: with many scenes at once and no question tokens, image rows learn what they hold ten
-    times faster than from answers. bfloat16 on CUDA; float32 on the CPU, where layers as narrow gain nothing from it.
+    The first steps ask nothing: with many scenes at once and no question tokens, image rows learn what they hold in a
+    seventh of the steps that answers need for it. bfloat16 on CUDA; float32 on the CPU, where
+    layers as narrow gain nothing from bfloat16.
     """
     out.mkdir(parents=True, exist_ok=True)
     llama = twin.model.model.language_model
@@ -324,7 +341,7 @@ def fit(
             optimizer.load_state_dict(values)
         first, spent = saved["step"], saved["minutes"]
     started, sums, since = time.time() - spent * 60, Counter(), 0
-    looks = int(steps * LOOK_SHARE)
+    looks = looking_steps(steps)
     for step in range(first, steps):
         rng = np.random.default_rng([seed, step])  # the same scenes and questions for every variant
         order = rng.integers(counts[-1], size=LOOK_BATCH if step < looks else batch)

@@ -233,3 +233,14 @@ def test_two_steps_to_a_folder_that_loads_and_answers_alike(name, workdir, tmp_p
             assert sum(height["n"] for height in legible[view].values()) > 5
     with pytest.raises(train.UserError, match="--resume"):
         train.train(name, out=tmp_path / name, device="cpu", **options)
+
+
+def test_what_a_run_has_shown_is_counted():
+    """100 steps: 17 with 32 scenes and no question, 83 with 8 scenes of 12 questions each."""
+    shown = twins.shown(100)
+    assert shown == {
+        "steps": 100,
+        "steps_without_questions": 17,
+        "scenes_seen": 17 * 32 + 83 * 8,
+        "questions_seen": 7968,
+    }
