@@ -244,14 +244,14 @@ def _prepare(engine, prompt: Prompt, answer: Answer, plan: Plan | None, token: i
     if token is not None and not 0 <= token < len(answer.tokens):
         raise ValueError(f"there is no answer token {token}: the answer has {len(answer.tokens)}")
     sources = plan.sources()
-    names = [source.name for source in engine.layout.sources]
+    names = [source.name for source in engine.layout.sources_for(plan)]
     index = torch.tensor([names.index(source) for source in sources])
     return plan, sources, index, torch.ones(1, len(sources), prompt.visual_tokens)
 
 
 def _function(engine, prompt: Prompt, answer: Answer, plan: Plan, index: Tensor, token: int | None):
     """f: gains [B, S, N] of the plan's sources -> [B] log-probability of the answer, or of one of its tokens."""
-    n_sources = len(engine.layout.sources)
+    n_sources = len(engine.layout.sources_for(plan))
 
     def f(gains: Tensor) -> Tensor:
         every = gains.new_ones(len(gains), n_sources, gains.shape[-1])

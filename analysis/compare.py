@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import jiwer
 from rapidfuzz.distance import LCSseq
 
+from analysis.palette import source_name
 from model.layout import Layout
-from model.plan import BASE, Plan
+from model.plan import Plan
 from model.types import Answer, Token
 
 SAME, DROPPED, ADDED = "same", "dropped", "added"
@@ -164,7 +165,7 @@ def plan_badge(layout: Layout, plan: Plan) -> tuple[str, str]:
     for name in dict.fromkeys((*layout.default.sources(), *plan.sources())):
         was = {e.layer: e.gain for e in layout.default if e.source == name}
         now = {e.layer: e.gain for e in plan if e.source == name}
-        called = name if name == BASE else f"stack {name}"
+        called = source_name(name)
         if was == now:
             continue
         if not now:

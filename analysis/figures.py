@@ -124,8 +124,10 @@ def ratio_and_cosine(norms: LayerNorms, dark: bool | None = None) -> go.Figure:
             col=1,
         )
         for name in np.array(names)[~known]:
-            text = "no residual<br>before it"
-            fig.add_annotation(x=str(name), y=0, text=text, showarrow=False, yanchor="bottom", row=row, col=1)
+            narrow = len(names) > marks.WIDE_BARS
+            place = {"x": str(name), "y": 0, "yanchor": "bottom", "textangle": -90 if narrow else 0}
+            text = "no residual" if narrow else "no residual<br>before it"
+            fig.add_annotation(text=text, showarrow=False, row=row, col=1, **place)
     _frame(fig, "Injected ÷ residual, and their cosine", dark, height=340)
     top = marks.span(norms.ratio[layers], False)[1]
     fig.update_yaxes(title_text="÷ residual", range=[0, top * 1.1], row=1, col=1)

@@ -129,7 +129,9 @@ def ratio_and_cosine(norms: LayerNorms, dark: bool = False) -> Figure:
                     color=look.ink,
                 )
             else:
-                ax.text(i, 0, "no residual\nbefore it", ha="center", va="bottom", fontsize=SIZE - 2, color=look.muted)
+                narrow = len(names) > marks.WIDE_BARS
+                text, turn = ("no residual", 90) if narrow else ("no residual\nbefore it", 0)
+                ax.text(i, 0, text, rotation=turn, ha="center", va="bottom", fontsize=SIZE - 2, color=look.muted)
         ax.set_ylabel(what)
         ax.axhline(0, color=look.muted, lw=0.8)
         ax.set_xlim(-0.6, len(layers) - 0.4)

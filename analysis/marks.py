@@ -13,6 +13,7 @@ from PIL import Image
 
 from analysis.grids import GridMap
 
+WIDE_BARS = 6  # bars in one chart that have room for two words between them
 MAX_TICKS = 11  # layer labels on one axis, readable at 400 px
 MAX_TOKENS = 24  # answer tokens in one bar chart
 MAX_SIDE = 640  # pixels of a picture laid under a map

@@ -62,8 +62,8 @@ class Effect:
 
 
 def effect(engine, prompt: Prompt, answer: Answer | None, plan: Plan) -> Effect:
-    """The effect of every source of the model's layout under `plan`, in one batch; 0 for a source not in the plan."""
-    sources = tuple(source.name for source in engine.layout.sources)
+    """The effect of every source that the model has under `plan`, in one batch; 0 for a source not in the plan."""
+    sources = tuple(source.name for source in engine.layout.sources_for(plan))
     return Effect(plan, sources, np.asarray(engine.image_effect(prompt, answer, plan), dtype=np.float64))
 
 

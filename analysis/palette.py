@@ -10,10 +10,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from model.plan import BASE, TAP
+
 BASE_GREY = "#7A828E"
 # In the order of the stacks; the last two, a brown and a violet, are ours: Granite Vision has eight sources.
 STACK_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#A6761D", "#8B78C6")
 MAX_NAMED = 16  # stacks that get CSS variables of their own; colours repeat after eight
+MAX_TAPS = 48  # vision blocks whose untrained taps get CSS variables; all are grey like the base
 
 LIGHT_SURFACE, DARK_SURFACE = "#FFFFFF", "#14171C"
 SEQUENTIAL = "cividis"  # made for colour-blind readers; a plain ramp of lightness in print
@@ -68,7 +71,9 @@ def _plain(source: str) -> str:
 
 
 def source_name(source: str) -> str:
-    """What a source is called in a figure: "base", "stack 0"."""
+    """What a source is called: "base", "stack 0", "untrained tap 6"."""
+    if source.startswith(TAP):
+        return f"untrained tap {source.removeprefix(TAP)}"
     return f"stack {source}" if source.isdecimal() else source
 
 
@@ -93,7 +98,7 @@ def css_variables() -> str:
     def block(dark: bool) -> str:
         neutral = theme(dark)
         lines = [f"--ink: {neutral.ink}", f"--muted: {neutral.muted}", f"--grid: {neutral.grid}"]
-        for source in ("base", *map(str, range(MAX_NAMED))):
+        for source in (BASE, *map(str, range(MAX_NAMED)), *(f"{TAP}{block}" for block in range(MAX_TAPS))):
             lines.append(f"--source-{source}: {colour(source, dark)}")
             lines.append(f"--source-{source}-text: {text_colour(source, dark)}")
         return "".join(f"  {line};\n" for line in lines)

@@ -122,7 +122,7 @@ def run(
 def scores_of(engine, prompt: Prompt, plan: Plan, tokens: Sequence[Token]) -> np.ndarray:
     """Log-probability of each token under every subset of the plan's stacks, float64 [2^K, A], as one batch of 2^K."""
     stacks = stacks_of(plan)
-    sources = [source.name for source in engine.layout.sources]
+    sources = [source.name for source in engine.layout.sources_for(plan)]
     gains = torch.ones(2 ** len(stacks), len(sources), prompt.visual_tokens)
     for bits in range(len(gains)):
         for i, stack in enumerate(stacks):

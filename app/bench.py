@@ -99,7 +99,7 @@ def measure(engine: Engine) -> dict[str, float]:
     stacks = [name for name in plan.sources() if name != BASE]
     toggled = plan.without(stacks[-1] if stacks else BASE)
     plain = engine.adapter.plain_inputs(prompt)
-    layers = tuple(range(engine.layout.n_layers))
+    layers = engine.layout.attention_layers
 
     def unseen(work: Callable) -> Callable:
         def run() -> None:

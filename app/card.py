@@ -131,6 +131,7 @@ def _legibility(found: dict) -> str:
     return (
         "## What the views can tell\n\nWhole strings named by a vision tower's own heads, without a language model, "
         f"on {found['scenes']} fresh scenes, by capital height in pixels of the high-resolution view (half that in "
-        "the global one):\n\n"
+        "the global one). A view can tell at least as much as its best row says; a tower trained on small text alone "
+        "learns slowly.\n\n"
         f"| | {' | '.join(f'{h} px' for h in heights)} |\n|---{'|--:' * len(heights)}|\n" + "\n".join(rows) + "\n\n"
     )

@@ -2,7 +2,7 @@
 
 Results go to stdout and everything else to stderr; `--json` prints exactly one JSON object. A user's mistake is one
 line on stderr and exit status 2, Ctrl-C is 130. Nothing heavy is imported before a command is known: what a command
-does lies in app/commands.py, app/doctor.py and app/bench.py. Knows nothing about models.
+does lies in app/commands.py, app/doctor.py, app/golden.py and app/bench.py. Knows nothing about models.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from model.errors import UserError
 
 DESCRIPTION = "DeepStack Lens: see, switch and understand how a DeepStack vision-language model uses an image."
 MODEL_HELP = "embedded, embedded/NAME, a folder or a hub id such as Qwen/Qwen3-VL-2B-Instruct"
-PLAN_HELP = "which stack enters before which layer, as base@0,0@1,1@2*0.5; or a preset's name; default: as trained"
+PLAN_HELP = (
+    "which stack enters before which layer, as base@0,0@1,1@2*0.5 (tap6@0: an untrained tap); or a preset's name; "
+    "default: as trained"
+)
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
@@ -178,6 +181,25 @@ def _check_arguments(parser: Parser) -> None:
     _json(parser)
 
 
+def _golden_arguments(parser: Parser) -> None:
+    parser.add_argument("action", choices=("export", "check"), help="write a record, or compare one with this model")
+    parser.add_argument(
+        "inputs", nargs="*", metavar="IMAGE… QUESTION | THEIRS",
+        help="export: images and a question (default: an example); check: a record, a folder or its .json",
+    )  # fmt: skip
+    parser.add_argument("--out", default="golden", metavar="DIR", help="export: the folder to write (default golden)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=8, metavar="N", help="export: tokens of the answer (default 8)"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, metavar="X",
+        help="check: relative difference to accept (default 1e-3 in float32, 5e-2 in bfloat16, 1e-1 quantised)",
+    )  # fmt: skip
+    _model(parser)
+    _json(parser)
+    add_limits(parser)
+
+
 PAGE = Command("the page, in a browser", _page_arguments, "app.commands:page")
 COMMANDS = {
     "models": Command(
@@ -189,6 +211,7 @@ COMMANDS = {
         "several plans and models on one question or a whole file", _compare_arguments, "app.commands:compare"
     ),
     "doctor": Command("is DeepStack active and aligned here? exit 1 if not", _check_arguments, "app.doctor:run"),
+    "golden": Command("records to check a port by: which stack is wrong, and how", _golden_arguments, "app.golden:run"),
     "bench": Command("speed and memory beside plain transformers", _check_arguments, "app.bench:run"),
     "scenes": Command("rendered scenes with exact answers", _scenes_arguments, "app.commands:scenes"),
     "eval": Command("exact match and error rate of a model on scenes", _eval_arguments, "app.commands:evaluate"),

@@ -185,9 +185,10 @@ def ask(options: argparse.Namespace) -> Outcome:
     if not options.json:
         print(flush=True)
     answer = stream.answer
-    badge, _ = comparing.plan_badge(engine.layout, plan)
+    badge, why = comparing.plan_badge(engine.layout, plan)
+    said = badge if badge == "trained" else f"{badge}: {why}"
     log(
-        f"plan {answer.plan} ({badge}) · {answer.seconds:.2f} s, first token {answer.first_token_seconds:.2f} s · "
+        f"plan {answer.plan} ({said}) · {answer.seconds:.2f} s, first token {answer.first_token_seconds:.2f} s · "
         f"{answer.prompt_tokens} prompt tokens, {answer.visual_tokens} of them visual"
     )
     return Outcome({**answer.to_json(), "notes": notes})

@@ -3,8 +3,9 @@
 One picture, one question, one answer; each check looks at the running model from outside (its own hooks on the layers,
 transformers' own forward, eager attention) and never at what the engine says of itself:
 
-1. watch(): every decoder layer's input and output, and what enters the vision tower's mergers, during one real answer
-2. checks on what was seen: rows finite, injections counted, each one where and what the plan says
+1. watch(): every decoder layer's input and output during one real answer
+2. checks on what was seen: rows finite, injections counted, each one where and what the plan says; and the vision
+   blocks that the stacks really depend on, found by disturbing them
 3. the same answer another way: recomputed without cache, with eager attention, by transformers' own forward
 """
 
@@ -20,13 +21,14 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image, ImageDraw
-from torch import Tensor, nn
+from torch import Tensor
 
 from app.commands import introduce, load_from
 from app.output import Outcome, table
 from model.engine import Engine
 from model.instrument import ATTENTION
-from model.loading import gigabytes
+from model.loading import HEADROOM, free_memory, gigabytes
+from model.outside import layers_seen, tap_of, tapped_blocks
 from model.plan import BASE, Plan
 from model.probe import AttentionWish, Probe
 from model.prompt import Prompt
@@ -70,8 +72,11 @@ def diagnose(engine: Engine) -> list[Check]:
     )
     plan = engine.layout.default
     engine.cache.clear()
+    sampling = Sampling(max_new_tokens=8)
+    if len(engine.answer(prompt, plan, sampling).tokens) < 2:  # it ends at once: other words show decoding as well
+        sampling = Sampling(max_new_tokens=8, temperature=100.0)
     with watch(engine) as seen:
-        answer = engine.answer(prompt, plan, Sampling(max_new_tokens=8))
+        answer = engine.answer(prompt, plan, sampling)
     engine.cache.clear()
     checks = [
         Check("device and number format", True, "; ".join(engine.reasons) or f"{engine.device}, {engine.dtype}"),
@@ -80,7 +85,7 @@ def diagnose(engine: Engine) -> list[Check]:
             True,
             f"python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}",
         ),
-        Check("memory", True, gigabytes(engine.memory_bytes)),
+        memory(engine),
         Check("the config's stacks", not engine.warnings, " ".join(engine.warnings) or _stacks_in_words(engine)),
     ]
     for check in (taps, finite, injections, aligned):
@@ -88,6 +93,14 @@ def diagnose(engine: Engine) -> list[Check]:
     for check in (switching, recompute, eager, parity):
         checks.append(check(engine, prompt, plan, answer))
     return checks
+
+
+def memory(engine: Engine) -> Check:
+    """What the model holds, beside what is free: a tenth of it is needed for a prefill, as when it was loaded."""
+    held, free = engine.memory_bytes, free_memory(engine.device)
+    needed = held * (HEADROOM - 1)
+    figure = f"{gigabytes(held)} held, {gigabytes(needed)} more needed, {gigabytes(free)} free on {engine.device}"
+    return Check("memory", free >= needed, figure)
 
 
 def sign() -> Image.Image:
@@ -108,68 +121,38 @@ class Watched:
 
     inputs: list[dict[int, Tensor]] = field(default_factory=list)
     outputs: list[dict[int, Tensor]] = field(default_factory=list)
-    blocks: dict[int, Tensor] = field(default_factory=dict)  # vision block -> its output
-    mergers: dict[int, Tensor] = field(default_factory=dict)  # stack -> what enters its merger
 
 
 @contextmanager
 def watch(engine: Engine) -> Iterator[Watched]:
-    """Hooks of our own, behind the engine's: each layer is seen with what was injected into it."""
+    """Everything that the decoder layers get and give, with what was injected."""
     seen = Watched()
-    handles = []
 
-    def copy(value) -> Tensor:
-        return (value[0] if isinstance(value, tuple) else value).detach().float().cpu()
+    def before(layer: int, hidden: Tensor) -> None:
+        if layer == 0:
+            seen.inputs.append({})
+            seen.outputs.append({})
+        if layer < engine.layout.n_layers:
+            seen.inputs[-1][layer] = hidden[0].float().cpu()
 
-    def before(layer: int) -> Callable:
-        def hook(module: nn.Module, args: tuple) -> None:
-            if layer == 0:
-                seen.inputs.append({})
-                seen.outputs.append({})
-            seen.inputs[-1][layer] = copy(args)[0]
+    def after(layer: int, hidden: Tensor) -> None:
+        seen.outputs[-1][layer] = hidden[0].float().cpu()
 
-        return hook
-
-    def after(layer: int) -> Callable:
-        def hook(module: nn.Module, args: tuple, output) -> None:
-            seen.outputs[-1][layer] = copy(output)[0]
-
-        return hook
-
-    for index, layer in enumerate(engine.adapter.decoder.layers):
-        handles.append(layer.register_forward_pre_hook(before(index)))
-        handles.append(layer.register_forward_hook(after(index)))
-    tower = getattr(engine.model.model, "visual", None)
-    if tower is not None:
-        for index, block in enumerate(tower.blocks):
-            handles.append(
-                block.register_forward_hook(lambda m, a, out, i=index: seen.blocks.__setitem__(i, copy(out)))
-            )
-        for index, merger in enumerate(tower.deepstack_merger_list):
-            handles.append(merger.register_forward_pre_hook(lambda m, a, i=index: seen.mergers.__setitem__(i, copy(a))))
-    try:
+    with layers_seen(engine.adapter.decoder, before, after):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # ---- 2. what was seen during one answer
 
 
 def taps(engine: Engine, prompt: Prompt, plan: Plan, seen: Watched) -> Check:
-    """The vision blocks whose output really enters a merger, beside those in the config."""
-    wanted = [source.tap for source in engine.layout.sources if source.tap is not None]
+    """The vision blocks that the stacks really depend on, beside those in the config."""
+    wanted = tap_of(engine)
     if not wanted:
-        return Check("taps", True, "none: the stacks are samples of a high-resolution view, or there are none")
-    found = [
-        next((block for block, output in seen.blocks.items() if torch.equal(output, entered)), None)
-        for _, entered in sorted(seen.mergers.items())
-    ]
-    listed = ", ".join(map(str, wanted))
-    return Check(
-        "taps", sorted(found) == wanted, f"vision blocks {', '.join(map(str, found))}; the config says {listed}"
-    )
+        return Check("taps", True, "none: no source is made of one vision block")
+    found = tapped_blocks(engine, prompt, list(wanted))
+    seen, listed = ([", ".join(dict.fromkeys(map(str, blocks)))] for blocks in (found.values(), wanted.values()))
+    return Check("taps", found == wanted, f"vision blocks {seen[0]}; the config says {listed[0]}")
 
 
 def finite(engine: Engine, prompt: Prompt, plan: Plan, seen: Watched) -> Check:
@@ -189,8 +172,9 @@ def injections(engine: Engine, prompt: Prompt, plan: Plan, seen: Watched) -> Che
     ]
     later = sum(map(len, changed[1:]))
     where = f"before layers {', '.join(map(str, changed[0]))}" if changed[0] else "at layer 0 only"
-    figure = f"{where} in the prefill; {later} in {len(changed) - 1} later steps"
-    return Check("injections, prefill only", changed[0] == wanted and later == 0, figure)
+    steps = len(changed) - 1
+    figure = f"{len(changed[0])} of {len(wanted)} {where} in the prefill; {later} in {steps} later steps"
+    return Check("injections, prefill only", changed[0] == wanted and later == 0 and steps > 0, figure)
 
 
 def aligned(engine: Engine, prompt: Prompt, plan: Plan, seen: Watched) -> Check:
@@ -208,9 +192,11 @@ def aligned(engine: Engine, prompt: Prompt, plan: Plan, seen: Watched) -> Check:
         worst = max(worst, float((added - wanted)[image].abs().max() / length))
         added[image] = 0
         stray = max(stray, float(added.abs().max()))
-    base = dict(plan.at(0)).get(BASE, 0.0) * features[BASE].float().cpu()
-    others = sum(gain * features[name].float().cpu() for name, gain in plan.at(0) if name != BASE)
-    worst = max(worst, float((inputs[0][image] - base - others).abs().max() / features[BASE].float().abs().max()))
+    first = torch.zeros_like(inputs[0][image])
+    for name, gain in plan.at(0):
+        first += gain * features[name].float().cpu()
+    length = max(float(rows.abs().max()) for rows in features.values())
+    worst = max(worst, float((inputs[0][image] - first).abs().max()) / length)
     ok = worst <= TOLERANCE[engine.dtype] and stray == 0.0
     return Check(
         "rows where the plan says", ok, f"difference {worst:.1e} of the stream at image rows, {stray:g} elsewhere"
@@ -232,8 +218,8 @@ def switching(engine: Engine, prompt: Prompt, plan: Plan, answer: Answer) -> Che
 def recompute(engine: Engine, prompt: Prompt, plan: Plan, answer: Answer) -> Check:
     """Log-probabilities of the answer, decoded token by token with a cache, beside one pass over all of it."""
     whole = engine.replay(prompt, answer, plan, Probe(norms=False)).logprobs
-    worst = float(np.abs(whole - [token.logprob for token in answer.tokens]).max()) if answer.tokens else 0.0
-    ok = worst <= 10 * TOLERANCE[engine.dtype]
+    worst = float(np.abs(whole - [token.logprob for token in answer.tokens]).max(initial=0.0))
+    ok = bool(answer.tokens) and worst <= 10 * TOLERANCE[engine.dtype]
     return Check(
         "cached decode equals recompute", ok, f"log-probabilities differ by {worst:.1e} in {len(answer.tokens)} tokens"
     )
@@ -241,7 +227,8 @@ def recompute(engine: Engine, prompt: Prompt, plan: Plan, answer: Answer) -> Che
 
 def eager(engine: Engine, prompt: Prompt, plan: Plan, answer: Answer) -> Check:
     """The attention rows that a trace shows, beside those that eager attention computes."""
-    layers = tuple(sorted({0, engine.layout.n_layers // 2, engine.layout.n_layers - 1}))
+    known = engine.layout.attention_layers
+    layers = tuple(sorted({known[0], known[len(known) // 2], known[-1]}))
     row = prompt.input_ids.shape[1] - 1
     wish = AttentionWish(layers, (row,))
     shown = engine.replay(prompt, answer, plan, Probe(norms=False, attention=(wish,))).attention

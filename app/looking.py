@@ -46,10 +46,10 @@ def see(engine: Engine, record: Record) -> Seen:
 
     def make() -> Seen:
         answer, prompt = record.answer, record.prompt
-        layers = tuple(range(engine.layout.n_layers))
+        layers = engine.layout.attention_layers
         wish, tokens = _affordable(engine, record, attention.wish(prompt, answer, layers))
         trace = engine.replay(prompt, answer, answer.plan, Probe(attention=(wish,) if tokens else ()))
-        sources = tuple(source.name for source in engine.layout.sources)
+        sources = tuple(source.name for source in engine.layout.sources_for(answer.plan))
         effect = norms.Effect(answer.plan, sources, engine.image_effect(prompt, answer, answer.plan))
         flow = attention.by_layer(trace) if tokens else None
         return Seen(trace, norms.summarise(trace), effect, flow, tokens)
@@ -75,9 +75,10 @@ def look_value(engine: Engine, record: Record, seen: Seen, key: str) -> dict:
     """Everything that the linked view of words, patches and layers shows. `key` tells one answer from the next."""
     trace = seen.trace
     images, start = [], 0
-    for grid, picture in zip(trace.grids, record.prompt.images, strict=True):
+    for at, grid in enumerate(trace.grids):
         n = len(grid.positions)
-        view = {"src": data_uri(picture, 640), "size": list(grid.size), "grid": list(grid.grid), "start": start, "n": n}
+        source = data_uri(record.prompt.picture(at), 640)
+        view = {"src": source, "size": list(grid.size), "grid": list(grid.grid), "start": start, "n": n}
         images.append(view)
         start += n
     rows = trace.attention_rows
@@ -140,18 +141,23 @@ def _kind(
 
 
 def _attention(trace: Trace, asked: int, tokens: int) -> dict | None:
-    """Rows: the recorded question rows, then the answer's tokens. `mean` float16 [L, rows, N], `heads` by layer."""
+    """Rows: the recorded question rows, then the answer's tokens. `mean` float16 [L, rows, N], `heads` by layer.
+
+    NaN, drawn empty, in layers that have no attention rows.
+    """
     if not tokens:
         return None
     positions = trace.image_positions
     layers = sorted(trace.attention)
-    mean = np.stack([trace.attention[layer].mean(0)[:, positions] for layer in layers])  # [L, Q, N]
+    mean = np.full((trace.n_layers, len(trace.attention_rows), len(positions)), np.nan)  # [L, Q, N]
+    for layer in layers:
+        mean[layer] = trace.attention[layer].mean(0)[:, positions]
     heads = len(trace.attention[layers[0]])
     whole = 2 * heads * mean.size <= HEADS_BYTES
-    sinks = []
+    sinks = [[] for _ in range(trace.n_layers)]
     for layer in layers:
         found = set(attention.sink_patches(trace, layer)[0].tolist())
-        sinks.append([i for i, position in enumerate(positions.tolist()) if position in found])
+        sinks[layer] = [i for i, position in enumerate(positions.tolist()) if position in found]
     return {
         "asked": asked,
         "tokens": tokens,
@@ -167,7 +173,8 @@ def _attention(trace: Trace, asked: int, tokens: int) -> dict | None:
 def heads_of(trace: Trace, layer: int) -> str:
     """One layer's heads, packed float16 [heads, rows, N]; UserError for a layer that was not recorded."""
     if layer not in trace.attention:
-        raise UserError(f"There is no attention of layer {layer}; layers are 0 to {trace.n_layers - 1}.")
+        known = ", ".join(map(str, sorted(trace.attention)))
+        raise UserError(f"There are no attention rows of layer {layer}; there are of {known}.")
     return pack(trace.attention[layer][:, :, trace.image_positions], np.float16)
 
 

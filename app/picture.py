@@ -53,7 +53,8 @@ def picture_value(engine: Engine, plan: Plan) -> dict:
     layout = engine.layout
     kind, why = plan_badge(layout, plan)
     sources = [
-        {"name": s.name, "label": s.label, "tap": s.tap, "home": s.home, "words": s.own_words} for s in layout.sources
+        {"name": s.name, "label": s.label, "tap": s.tap, "home": s.home, "words": s.own_words}
+        for s in layout.sources_for(plan)
     ]
     return {
         "name": engine.name,
@@ -99,7 +100,7 @@ def _view(view: View) -> dict:
 
 def effect_value(engine: Engine, plan: Plan, effect: np.ndarray) -> dict:
     """How far each source moves the stream, for the bars beside the layers. effect: [sources, L+1], `image_effect`."""
-    names = [source.name for source in engine.layout.sources]
+    names = [source.name for source in engine.layout.sources_for(plan)]
     rows = {name: [round(float(v), 4) for v in row] for name, row in zip(names, effect, strict=True)}
     return {
         "model": engine.name,

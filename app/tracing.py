@@ -71,18 +71,18 @@ class Seen:
 def look(engine: Engine, prompt: Prompt, plan: Plan, sampling: Sampling) -> Seen:
     """Answers, then replays with norms and the attention rows of every layer, then switches each source off in turn."""
     answer = engine.answer(prompt, plan, sampling)
-    layers = tuple(range(engine.layout.n_layers))
+    layers = engine.layout.attention_layers
     wishes = (attention.wish(prompt, answer, layers),) if answer.tokens else ()
     trace = engine.replay(prompt, answer, plan, Probe(attention=wishes))
     used = plan.sources()
-    names = [source.name for source in engine.layout.sources]
+    names = [source.name for source in engine.layout.sources_for(plan)]
     effect = engine.image_effect(prompt, answer, plan)[[names.index(name) for name in used]]
     flow = attention.by_layer(trace) if wishes else None
     return Seen(prompt, answer, trace, norms.summarise(trace), norms.Effect(plan, used, effect), flow)
 
 
 def figures(seen: Seen) -> dict[str, Figure]:
-    """By name: norms, ratio and effect by layer, attention by layer, and per image a map of each injection."""
+    """By name: norms, ratio and effect by layer, attention by layer, and per grid a map of each injection."""
     drawn = {
         "norms": draw.norms_by_layer(seen.summary),
         "ratio": draw.ratio_and_cosine(seen.summary),
@@ -90,12 +90,14 @@ def figures(seen: Seen) -> dict[str, Figure]:
     }
     if seen.flow is not None:
         drawn["attention"] = draw.attention_by_layer(seen.flow, seen.trace.n_layers)
-    for index, picture in enumerate(seen.prompt.images if seen.trace.injected_rms else ()):
+    for index in range(len(seen.prompt.grids) if seen.trace.injected_rms else 0):
         maps = {
             f"{source_name(name)}, layer {layer}": norms.norm_map(seen.trace, "injected", layer, name, index)
             for name, layer in seen.trace.injected_rms
         }
-        drawn[f"image{index}-injected"] = draw.map_row(maps, picture, title="What is injected, RMS by visual token")
+        drawn[f"image{index}-injected"] = draw.map_row(
+            maps, seen.prompt.picture(index), title="What is injected, RMS by visual token"
+        )
     return drawn
 
 

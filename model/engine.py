@@ -30,7 +30,7 @@ from model.plan import Plan
 from model.probe import Probe
 from model.prompt import CUT, Prompt, guard, guarded_messages
 from model.trace import Trace
-from model.types import Answer, ImageGrid, Message, Sampling, Token, View
+from model.types import Answer, ImageGrid, Message, Region, Sampling, Token, View
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,36 +122,31 @@ class Engine:
     def prompt(self, messages: Sequence[Message]) -> Prompt:
         """Tokenises a conversation that ends with a question. UserError if nothing is asked or it is too long."""
         clean, images = guarded_messages(messages, self._special, self.adapter.fold_case)
-        ids = self._encode(self.adapter.render(clean))
-        grids = [self.adapter.grid(image) for image in images]
-        where = [i for i, token in enumerate(ids) if token == self.adapter.image_token_id]
-        if len(where) != len(images):
-            raise UserError(f"The chat template placed {len(where)} of {len(images)} images; check its template.")
-        long: list[int] = []
-        placed: list[ImageGrid] = []
-        start = 0
-        for index, (at, grid, image) in enumerate(zip(where, grids, images, strict=True)):
-            long += ids[start:at]
-            n = grid[0] * grid[1]
-            placed.append(ImageGrid(index, np.arange(len(long), len(long) + n, dtype=np.int64), grid, image.size))
-            long += [self.adapter.image_token_id] * n
-            start = at + 1
-        long += ids[start:]
-        if len(long) >= self.max_tokens:
+        alone = len(images) == 1 or not self.adapter.mixes_images
+        regions = [self.adapter.regions(image, alone) for image in images]
+        texts = [self.adapter.image_text(image, alone) for image in images]
+        parts = self.adapter.render(clean).split(self.adapter.image_token)
+        if len(parts) != len(images) + 1:
+            raise UserError(f"The chat template placed {len(parts) - 1} of {len(images)} images; check its template.")
+        text = parts[0] + "".join(part for pair in zip(texts, parts[1:], strict=True) for part in pair)
+        ids = self._start(text) + self._encode(text)
+        placed = _placed(ids, self.adapter.image_token_id, images, regions)
+        if len(ids) >= self.max_tokens:
             visual = sum(len(grid.positions) for grid in placed)
             raise UserError(
-                f"The conversation takes {len(long)} tokens ({visual} of them visual), but this model reads at most "
+                f"The conversation takes {len(ids)} tokens ({visual} of them visual), but this model reads at most "
                 f"{self.max_tokens - 1}. Shorten it, or use fewer or smaller images."
             )
-        input_ids = torch.tensor([long])
-        position_ids, next_position = self.adapter.positions(input_ids, grids)
-        texts = ["" if token == self.adapter.image_token_id else self._piece(token) for token in long]
+        input_ids = torch.tensor([ids])
+        position_ids, next_position = self.adapter.positions(input_ids, [grid.grid for grid in placed])
+        pieces = ["" if token == self.adapter.image_token_id else self._piece(token) for token in ids]
         extra = {
             "position_ids": position_ids,
             "next_position": next_position,
-            "image_keys": tuple(_content_key(image) for image in images),
+            "image_keys": tuple(_content_key(image) + ("" if alone else " among others") for image in images),
+            "alone": alone,
         }
-        return Prompt(input_ids, tuple(images), tuple(placed), extra, tuple(texts))
+        return Prompt(input_ids, tuple(images), tuple(placed), extra, tuple(pieces))
 
     def views(self, image: Image.Image) -> tuple[View, ...]:
         """What the model sees of this image, with its token grid."""
@@ -161,6 +156,7 @@ class Engine:
         """The vision tower, once per image whatever the plans: each image alone, cached by content."""
         start = time.perf_counter()
         cached = True
+        how = {} if prompt.extra["alone"] else {"alone": False}
         seen = []
         for image, key in zip(prompt.images, prompt.extra["image_keys"], strict=True):
             features = self.cache.get(key)
@@ -171,19 +167,38 @@ class Engine:
                         cached = False
                         # Not in inference mode, even inside an answer: a later differentiable pass uses them too.
                         with torch.inference_mode(False), torch.no_grad():
-                            features = {k: v.to(self.dtype) for k, v in self.adapter.encode(image).items()}
+                            features = {k: v.to(self.dtype) for k, v in self.adapter.encode(image, **how).items()}
                         self.cache.put(key, features)
             seen.append(features)
         names = [source.name for source in self.layout.sources] if seen else []
         joined = {name: torch.cat([f[name] for f in seen]) if len(seen) > 1 else seen[0][name] for name in names}
         return Sight(joined, time.perf_counter() - start, cached)
 
-    def features(self, prompt: Prompt) -> Tensor:
-        """What each source adds at gain 1: [sources, N, d] in the layout's order."""
-        seen = self.see(prompt).features
+    def _taps(self, prompt: Prompt, plans: Sequence[Plan]) -> dict[str, Tensor]:
+        """Rows of the untrained taps that these plans ask for: source -> [N, d], cached like what `see` gives."""
+        wanted = {name for plan in plans for name in plan.sources()}
+        names = [source.name for source in self.layout.untrained if source.name in wanted]
+        rows: dict[str, list[Tensor]] = {name: [] for name in names}
+        for image, key in zip(prompt.images, prompt.extra["image_keys"], strict=True):
+            held = {name: self.cache.get(f"{key} {name}") for name in names}
+            missing = [name for name in names if held[name] is None]
+            if missing:
+                with self._device(), torch.inference_mode(False), torch.no_grad():  # see `see`
+                    for name, tensor in self.adapter.encode_taps(image, missing).items():
+                        held[name] = {name: tensor.to(self.dtype)}
+                        self.cache.put(f"{key} {name}", held[name])
+            for name in names:
+                rows[name].append(held[name][name])
+        return {name: torch.cat(each) for name, each in rows.items() if each}
+
+    def features(self, prompt: Prompt, plan: Plan | None = None) -> Tensor:
+        """What each source adds at gain 1: [sources, N, d] in the order of `Layout.sources_for(plan)`."""
+        plan = plan or Plan()
+        sources = self.layout.sources_for(plan)
+        seen = {**self.see(prompt).features, **self._taps(prompt, [plan])}
         if not seen:
-            return torch.zeros(len(self.layout.sources), 0, self.layout.hidden_size, device=self.device)
-        return torch.stack([seen[source.name] for source in self.layout.sources])
+            return torch.zeros(len(sources), 0, self.layout.hidden_size, device=self.device)
+        return torch.stack([seen[source.name] for source in sources])
 
     # Answers
 
@@ -276,19 +291,20 @@ class Engine:
     def image_effect(self, prompt: Prompt, answer: Answer | None, plan: Plan) -> np.ndarray:
         """What each source changes: float32 [sources, L+1], |h_on - h_off| / |h_on| over all image rows (Frobenius).
 
-        Each source of the layout is switched off in turn, all in one batch; 0 for a source not in the plan. Axis 1: the
-        input of each layer after injection, then the final output. Images come before the answer, so it has no part.
+        Each source of `Layout.sources_for(plan)` is switched off in turn, all in one batch; 0 for a source not in the
+        plan. Axis 1: the input of each layer after injection, then the final output. Images come before the answer, so
+        it has no part.
         """
         plan.validate(self.layout)
         used = plan.sources()
-        effect = np.zeros((len(self.layout.sources), self.layout.n_layers + 1), dtype=np.float32)
+        names = [source.name for source in self.layout.sources_for(plan)]
+        effect = np.zeros((len(names), self.layout.n_layers + 1), dtype=np.float32)
         if not used or not prompt.images:
             return effect
         recorder = EffectRecorder(self._image_positions(prompt))
         with torch.no_grad(), self._device():
             self._run(prompt, [plan, *(plan.without(name) for name in used)], (), recorder=recorder)
             found = torch.stack(recorder.effect, dim=1).cpu().numpy()  # [used, L+1]
-        names = [source.name for source in self.layout.sources]
         for row, name in zip(found, used, strict=True):
             effect[names.index(name)] = row
         return effect
@@ -302,15 +318,16 @@ class Engine:
         answer: Answer | Sequence[int | Token] = (),
         features: Tensor | None = None,
         grad: bool = False,
+        last: int | None = None,
     ) -> Tensor:
-        """Logits [T, V] of one pass over prompt + answer.
+        """Logits [T, V] of one pass over prompt + answer; with `last` only those of the last positions.
 
-        `features` [sources, N, d] replaces what the vision tower saw (see `Engine.features`); with `grad` the result
-        is differentiable with respect to it. A leading batch axis [B, sources, N, d] gives [B, T, V].
+        `features` [sources, N, d] replaces what the vision tower saw (`Engine.features` of this plan); with `grad` the
+        result is differentiable with respect to it. A leading batch axis [B, sources, N, d] gives [B, T, V].
         """
         with torch.set_grad_enabled(grad), self._device():
             hidden = self._run(prompt, [plan], _ids(answer), features=features)
-            logits = self._logits(hidden)
+            logits = self._logits(hidden if last is None else hidden[:, -last:])
         return logits if features is not None and features.ndim == 4 else logits[0]
 
     def logprob_of(
@@ -319,11 +336,11 @@ class Engine:
         """Log-probability of each answer token as a differentiable function of a gain per source and image row.
 
         row_gains [sources, N] -> [answer tokens], or [B, sources, N] -> [B, answer tokens], which is the function an
-        attribution method wants: all ones is the plan as it is, all zeros is no image. Sources are in the layout's
-        order; the plan's own gains and layers apply on top.
+        attribution method wants: all ones is the plan as it is, all zeros is no image. Sources are in the order of
+        `Layout.sources_for(plan)`; the plan's own gains and layers apply on top.
         """
         ids = _ids(answer)
-        features = self.features(prompt) * row_gains.to(self.device, self.dtype)[..., None]
+        features = self.features(prompt, plan) * row_gains.to(self.device, self.dtype)[..., None]
         with torch.set_grad_enabled(torch.is_grad_enabled()), self._device():
             hidden = self._run(prompt, [plan], ids, features=features)
             logprobs = self._logits(hidden[:, hidden.shape[1] - len(ids) - 1 : -1]).float().log_softmax(-1)
@@ -384,10 +401,11 @@ class Engine:
     ) -> Tensor:
         """One pass over prompt + answer_ids with injection: normed hidden states [B, T, d]. Call under the lock."""
         if features is None:
-            seen = self.see(prompt).features
+            seen = {**self.see(prompt).features, **self._taps(prompt, plans)}
             batch = len(plans)
         else:
-            seen = {source.name: features.select(-3, i) for i, source in enumerate(self.layout.sources)}
+            sources = self.layout.sources_for(plans[0])
+            seen = {source.name: features.select(-3, i) for i, source in enumerate(sources)}
             batch = len(features) if features.ndim == 4 else 1
         ids = prompt.input_ids
         positions = prompt.extra["position_ids"]
@@ -412,6 +430,11 @@ class Engine:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.adapter.lm_head(hidden)
+
+    def _start(self, text: str) -> list[int]:
+        """What the tokenizer itself puts before a text (a beginning-of-text token), unless the template wrote it."""
+        written = self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token)
+        return [] if written else list(self.tokenizer("")["input_ids"])
 
     def _encode(self, text: str) -> list[int]:
         """Token ids of rendered text; no token spans a `CUT`."""
@@ -439,6 +462,12 @@ class Engine:
         for wish in probe.attention:
             if any(not 0 <= layer < layers for layer in wish.layers):
                 raise UserError(f"Attention of layers {wish.layers} was asked for; this model has 0 to {layers - 1}.")
+            without = sorted(set(wish.layers) - set(self.layout.attention_layers))
+            if without:
+                raise UserError(
+                    f"Attention of layers {', '.join(map(str, without))} was asked for, but this model has linear "
+                    f"attention there; layers {', '.join(map(str, self.layout.attention_layers))} can be looked at."
+                )
             if any(not 0 <= row < length for row in wish.rows):
                 raise UserError(f"Attention of positions {wish.rows} was asked for; there are 0 to {length - 1}.")
         if any(not 0 <= layer <= layers for layer in probe.hidden):
@@ -606,6 +635,28 @@ class AnswerStream:
 
     def __exit__(self, *error: Any) -> None:
         self.close()
+
+
+def _placed(
+    ids: Sequence[int], placeholder: int, images: Sequence[Image.Image], regions: Sequence[Sequence[Region]]
+) -> list[ImageGrid]:
+    """Where every region of every image lies among `ids`; UserError where there are more or fewer placeholders."""
+    where = np.flatnonzero(np.asarray(ids, dtype=np.int64) == placeholder)
+    sizes = [sum(region.grid[0] * region.grid[1] for region in found) for found in regions]
+    if len(where) != sum(sizes):
+        raise UserError(f"The images take {sum(sizes)} tokens, but the prompt has {len(where)}; check its tokenizer.")
+    placed = []
+    for index, (image, found) in enumerate(zip(images, regions, strict=True)):
+        own, where = where[: sizes[index]], where[sizes[index] :]
+        taken = 0
+        for region in found:
+            n = region.grid[0] * region.grid[1]
+            positions = own[taken : taken + n] if region.rows is None else own[region.rows]
+            taken += n
+            left, top, right, bottom = region.box or (0, 0, *image.size)
+            size = (round(right - left), round(bottom - top))
+            placed.append(ImageGrid(index, positions, region.grid, size, region.box, region.name))
+    return placed
 
 
 def _ids(tokens: Answer | Sequence[int | Token]) -> list[int]:

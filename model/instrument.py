@@ -47,8 +47,8 @@ class Recorder(Protocol):
     def final(self, hidden: Tensor) -> None:
         """Output of the last layer [B, T, d], before the final norm."""
 
-    def attention(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
-        """Query [B, H, T, hd] and key [B, H_kv, T, hd] of `layer`, rotated."""
+    def attention(self, layer: int, query: Tensor, key: Tensor, scaling: float, window: int | None) -> None:
+        """Query [B, H, T, hd] and key [B, H_kv, T, hd] of `layer`, rotated; window: keys it sees, None for all."""
 
 
 @dataclass
@@ -119,7 +119,7 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
     current = _ACTIVE.get()
     if current is not None and current.recorder is not None:
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        current.recorder.attention(module.layer_idx, query, key, scaling)
+        current.recorder.attention(module.layer_idx, query, key, scaling, kwargs.get("sliding_window"))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -175,22 +175,25 @@ class TraceRecorder:
         if self.probe.norms:
             self.residual.append(rms(hidden[0]))
 
-    def attention(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
+    def attention(self, layer: int, query: Tensor, key: Tensor, scaling: float, window: int | None) -> None:
         wanted = self.probe.attention_rows(layer)
         if wanted:
-            self.rows[layer] = attention_rows(query, key, scaling, wanted)[0].cpu()
+            self.rows[layer] = attention_rows(query, key, scaling, wanted, window)[0].cpu()
 
 
-def attention_rows(query: Tensor, key: Tensor, scaling: float, positions: Sequence[int]) -> Tensor:
+def attention_rows(
+    query: Tensor, key: Tensor, scaling: float, positions: Sequence[int], window: int | None = None
+) -> Tensor:
     """Causal softmax rows float32 [B, H, Q, T] of the queries at `positions`, for a pass without cache.
 
-    query [B, H, T, hd], key [B, H_kv, T, hd]; keys after a query get exactly 0.
+    query [B, H, T, hd], key [B, H_kv, T, hd]; keys after a query, or `window` and more before it, get exactly 0.
     """
     at = torch.tensor(positions, device=query.device)
     key = repeat_kv(key, query.shape[1] // key.shape[1])
     scores = (query[:, :, at] @ key.transpose(2, 3)) * scaling  # [B, H, Q, T]
-    later = torch.arange(key.shape[2], device=query.device) > at[:, None]
-    return scores.float().masked_fill(later, -torch.inf).softmax(-1)
+    ahead = torch.arange(key.shape[2], device=query.device) - at[:, None]  # [Q, T]
+    hidden = ahead > 0 if window is None else (ahead > 0) | (ahead <= -window)
+    return scores.float().masked_fill(hidden, -torch.inf).softmax(-1)
 
 
 @dataclass
@@ -212,5 +215,5 @@ class EffectRecorder:
     def final(self, hidden: Tensor) -> None:
         self._add(hidden)
 
-    def attention(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
+    def attention(self, layer: int, query: Tensor, key: Tensor, scaling: float, window: int | None) -> None:
         """Attention is not compared."""

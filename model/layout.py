@@ -27,21 +27,33 @@ class Layout:
     """The control surface of a model: sources x layers, and the plan it was trained with."""
 
     family: str
-    sources: tuple[StackSource, ...]  # base first
+    sources: tuple[StackSource, ...]  # base first, where there is one
     n_layers: int  # decoder layers of the LLM
     n_vision_layers: int
     hidden_size: int  # d of the residual stream
     default: Plan
     convention: str  # one sentence in the family's words
+    attends: tuple[int, ...] | None = None  # decoder layers with attention rows, where not all have them
+    untrained: tuple[StackSource, ...] = ()  # taps that no stack was trained on, for plans that name them ("tap6@0")
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Decoder layers that can be asked where they look."""
+        return tuple(range(self.n_layers)) if self.attends is None else self.attends
 
     @property
     def stack_names(self) -> tuple[str, ...]:
         """The stacks' names, without the base."""
         return tuple(source.name for source in self.sources if source.name != BASE)
 
+    def sources_for(self, plan: Plan) -> tuple[StackSource, ...]:
+        """The sources, and after them the untrained taps that this plan uses."""
+        used = plan.sources()
+        return (*self.sources, *(source for source in self.untrained if source.name in used))
+
     def source(self, name: str) -> StackSource:
         """The source of this name; UserError if there is none."""
-        for source in self.sources:
+        for source in (*self.sources, *self.untrained):
             if source.name == name:
                 return source
         raise UserError(f"There is no source “{name}”; this model has {', '.join(s.name for s in self.sources)}.")

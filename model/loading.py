@@ -24,7 +24,6 @@ import psutil
 import torch
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
-    DryRunError,
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
@@ -32,6 +31,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils import get_session
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
@@ -123,17 +123,27 @@ def _folder(name: str) -> Path | None:
 def _download(hub_id: str, progress: Progress | None) -> Path:
     """The cached snapshot of a hub model, downloaded where it is not there; its type and size are looked at first."""
     with _hub_errors(hub_id):
-        check_type(Path(hf_hub_download(hub_id, "config.json")), hub_id)
-        try:
-            files = snapshot_download(hub_id, allow_patterns=DOWNLOADED, dry_run=True)
-        except DryRunError:  # no network: what is in the cache must do
+        cached = not _hub_answers()  # then what is in the cache must do
+        check_type(Path(hf_hub_download(hub_id, "config.json", local_files_only=cached)), hub_id)
+        if cached:
             return Path(snapshot_download(hub_id, allow_patterns=DOWNLOADED, local_files_only=True))
+        files = snapshot_download(hub_id, allow_patterns=DOWNLOADED, dry_run=True)
         if not any(file.filename.endswith(".safetensors") for file in files):
             raise UserError(f"{hub_id} has no safetensors files; other formats can hold code and are not opened.")
         missing = sum(file.file_size or 0 for file in files if file.will_download)
         _check_disk(missing, hub_id)
         bar = _bar(missing, hub_id, progress) if progress and missing else None
         return Path(snapshot_download(hub_id, allow_patterns=DOWNLOADED, tqdm_class=bar))
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached at all, in one attempt: its library tries six times in 25 seconds."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # of whichever HTTP library the hub's own is built on
+        logger.info("no answer from %s: %s", constants.ENDPOINT, error)
+        return False
+    return True
 
 
 @contextmanager
@@ -228,8 +238,11 @@ def check_type(config_file: Path, name: str) -> type[Family]:
     return detect(config)
 
 
-def check_files(folder: Path, name: str) -> int:
-    """The number of parameters; UserError where a file is missing or cut off, or weights are not safetensors."""
+def check_files(folder: Path, name: str, unused: Iterable[str] = ()) -> int:
+    """The number of parameters; UserError where a file is missing or cut off, or weights are not safetensors.
+
+    unused: patterns of weight names that are not loaded and not counted (`Family.unused_weights`).
+    """
     for what, files in NEEDED.items():
         if not any((folder / file).is_file() for file in files):
             raise UserError(f"{name} has no {what} ({' or '.join(files)}); download it again.")
@@ -253,13 +266,15 @@ def check_files(folder: Path, name: str) -> int:
             )
             other = f" {pickles[0].name} is a pickle, which can run code, and is not opened." if pickles else ""
             raise UserError(f"{name} has no model.safetensors.{other} Give a folder with safetensors.")
+    skipped = re.compile("|".join(unused) or r"(?!)")  # (?!) matches nothing
     parameters = 0
     for path in paths:
         try:
             with safe_open(
                 path, framework="pt"
             ) as file:  # reads the header only, and compares it with the file's length
-                parameters += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
+                used = [key for key in file.keys() if not skipped.search(key)]
+                parameters += sum(math.prod(file.get_slice(key).get_shape()) for key in used)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path.name} of {name} is cut off or damaged; download it again.") from error
     return parameters
@@ -314,12 +329,14 @@ def choose_dtype(wanted: str | None, device: torch.device, parameters: int) -> t
     return torch.float32, f"float32: {device.type} has no bfloat16 here"
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on this device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
 def check_memory(needed: int, device: torch.device, name: str) -> None:
     """UserError where the weights alone do not fit into the memory that is free."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available
+    free = free_memory(device)
     if needed * HEADROOM > free:
         raise UserError(
             f"{name} needs {gigabytes(needed * HEADROOM)} of memory on {device} and {gigabytes(free)} are free; "
@@ -344,7 +361,7 @@ def load(name: str, *, device: str | None = None, dtype: str | None = None, prog
     name = canonical(name)
     folder = find(name, progress)
     family = check_type(folder / "config.json", name)
-    parameters = check_files(folder, name)
+    parameters = check_files(folder, name, family.unused_weights())
     chosen, why_device = choose_device(device)
     number, why_dtype = choose_dtype(dtype, chosen, parameters)
     check_memory(parameters * number.itemsize, chosen, name)

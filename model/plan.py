@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from model.layout import Layout
 
 BASE = "base"
+DEEPEST = "deepest tap only"  # the preset that is to a model without a base what base@0 is to the others
+TAP = "tap"  # "tap6": what vision block 6 gives, through the merger of the nearest trained tap
 _ENTRY = re.compile(r"(?P<source>[^@*\s]+)\s*@\s*(?P<layer>[^@*\s]+)\s*(?:\*\s*(?P<gain>[^@*\s]+))?")
 _HOW = "Write a plan as source@layer or source@layer*gain, joined by commas, for example base@0,0@1,1@2*0.5 (or none)"
 
@@ -39,11 +41,11 @@ class Entry(NamedTuple):
         return f"{self.source}@{self.layer}*{gain.removesuffix('.0')}"
 
 
-def source_order(source: str) -> tuple[int, int, str]:
-    """Sort key of source names: base first, then the stacks by number."""
+def source_order(source: str) -> tuple[int, int]:
+    """Sort key of source names: base first, then the stacks by number, then untrained taps by vision block."""
     if source == BASE:
-        return (0, 0, "")
-    return (1, int(source), "") if source.isdecimal() else (2, 0, source)
+        return (0, 0)
+    return (1, int(source)) if source.isdecimal() else (2, int(source.removeprefix(TAP)))
 
 
 class Plan:
@@ -173,9 +175,18 @@ class Plan:
     def validate(self, layout: Layout) -> Plan:
         """Returns itself if the model can run it, else raises a UserError that lists what is allowed."""
         names = [source.name for source in layout.sources]
+        names += [source.name for source in layout.untrained]
         for e in self.entries:
             if e.source not in names:
-                has = f"has {names[0]} only, it has no stacks" if len(names) == 1 else f"has {', '.join(names)}"
+                for source in layout.sources:
+                    if source.tap is not None and e.source == f"{TAP}{source.tap}":
+                        raise UserError(
+                            f"{e.source} is this model's stack {source.name}: write {source.name}@{e.layer}."
+                        )
+                trained = [source.name for source in layout.sources]
+                has = f"has {trained[0]} only, it has no stacks" if len(trained) == 1 else f"has {', '.join(trained)}"
+                if layout.untrained:
+                    has += f" and untrained taps of its vision blocks 0 to {layout.n_vision_layers - 1}"
                 raise UserError(f"The plan {self} uses the stack “{_short(e.source)}”, but this model {has}.")
             if e.layer >= layout.n_layers:
                 last = layout.n_layers - 1
@@ -194,9 +205,13 @@ def _source(value: object) -> str:
     name = str(value).strip().lower()
     if name == BASE:
         return name
-    if re.fullmatch(r"[0-9]{1,4}", name):
-        return str(int(name))
-    raise UserError(f"“{_short(value)}” is not a source: use base or the number of a stack (0, 1, 2 …). {_HOW}.")
+    number = re.fullmatch(rf"({TAP})?([0-9]{{1,4}})", name)
+    if number:
+        return f"{number[1] or ''}{int(number[2])}"
+    raise UserError(
+        f"“{_short(value)}” is not a source: use base or the number of a stack (0, 1, 2 …), or tap6 for an "
+        f"untrained tap after vision block 6. {_HOW}."
+    )
 
 
 def _layer(value: object) -> int:
@@ -226,12 +241,15 @@ def _stacks_at(layout: Layout, layers: Sequence[int]) -> Plan:
 def presets(layout: Layout) -> dict[str, Plan]:
     """Named plans for this model, only those it can run, each plan once (under its first name)."""
     default = layout.default
+    known = {source.name for source in layout.sources}
     stacks = [e for e in default if e.source != BASE]
     names = list(dict.fromkeys(e.source for e in stacks))
     layers = [e.layer for e in stacks]
     first = layers[0] if layers else 0
     single = Plan(e for e in default if e.source == BASE) or Plan([(BASE, 0, 1.0)])
     wanted: dict[str, Plan] = {"as trained": default, "single injection": single, "none": Plan()}
+    if BASE not in known:
+        wanted[DEEPEST] = Plan(e for e in default if e.layer == 0)
     for name in names:
         wanted[f"only {name}"] = Plan(e for e in default if e.source in (BASE, name))
     for name in names:
@@ -242,7 +260,6 @@ def presets(layout: Layout) -> dict[str, Plan]:
     wanted["two layers deeper"] = _stacks_at(layout, [layer + 2 for layer in layers])
     wanted["reversed"] = _stacks_at(layout, layers[::-1])
 
-    known = {source.name for source in layout.sources}
     chosen: dict[str, Plan] = {}
     for label, plan in wanted.items():
         fits = all(e.layer < layout.n_layers and e.source in known for e in plan)

@@ -35,6 +35,15 @@ class Prompt:
         """Rows taken by images."""
         return sum(len(grid.positions) for grid in self.grids)
 
+    def picture(self, at: int) -> Image.Image:
+        """What lies under grid number `at`: its image, or the part of it that the grid's box names."""
+        grid = self.grids[at]
+        image = self.images[grid.index]
+        if grid.box is None:
+            return image
+        left, top, right, bottom = (round(side) for side in grid.box)
+        return image.crop((left, top, right, bottom))
+
 
 def guard(texts: Sequence[str], special: Iterable[str], fold_case: bool = False) -> list[str]:
     """Cuts every special-token string after its first character with `CUT`, so that it stays plain text.

@@ -100,11 +100,26 @@ class View:
     owners: tuple[tuple[str, ...], ...] | None = None  # source name per cell, for dilated samples
 
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the image; may reach beyond it
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """One rectangle of visual tokens that an image takes in the sequence, and the part of the image under it."""
+
+    grid: tuple[int, int]  # (rows, columns)
+    box: Box | None = None  # None: the whole image
+    name: str = ""  # "global view", "" where an image has one region only
+    rows: np.ndarray | None = None  # int64 [N]: which of the image's placeholders, row-major; None: the next N
+
+
 @dataclass(frozen=True, eq=False)
 class ImageGrid:
-    """Where one image lies in the sequence, and how its rows lie on the image."""
+    """Where one image, or one region of it, lies in the sequence, and how its rows lie on the picture under it."""
 
     index: int  # which image of the prompt, from 0
     positions: np.ndarray  # int64 [N], absolute sequence positions, row-major over the grid
     grid: tuple[int, int]  # (gh, gw), gh * gw == N
-    size: tuple[int, int]  # (width, height) of the original image, pixels
+    size: tuple[int, int]  # (width, height) of the picture under it, pixels
+    box: Box | None = None  # the part of the image that this picture is; None: all of it
+    name: str = ""  # which region, where an image has several

@@ -23,6 +23,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
@@ -135,54 +136,53 @@ def _randomise(model: torch.nn.Module, seed: int, scale: float = 0.15) -> None:
         parameter.data = 1 + noise if "norm" in name and name.endswith("weight") else noise
 
 
-def qwen3_vl_folder(path: str | Path, taps: tuple[int, ...] = (0, 1, 2), seed: int = 0, layers: int = 5) -> Path:
-    """A Qwen3-VL folder in the released format with a 4-block tower, `layers` LLM layers, 64 wide."""
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(QWEN_SPECIAL, 400)
-    ids = {text: tokenizer.token_to_id(text) for text in QWEN_SPECIAL}
-    config = Qwen3VLConfig(
-        text_config={
-            "vocab_size": tokenizer.get_vocab_size(),
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "max_position_embeddings": 4096,
-            "bos_token_id": ids["<|endoftext|>"],
-            "eos_token_id": ids["<|im_end|>"],
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 5000000.0,
-                "mrope_section": [4, 2, 2],
-                "mrope_interleaved": True,
-            },
+def qwen_vision(taps: tuple[int, ...] = (0, 1, 2)) -> dict:
+    """The vision_config of a Qwen tower: 4 blocks, patches of 8 px, rows 64 wide."""
+    return {
+        "depth": 4,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "patch_size": 8,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 64,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": list(taps),
+    }
+
+
+def qwen_text(tokenizer: Tokenizer, layers: int = 5) -> dict:
+    """The text_config of a Qwen decoder, 64 wide."""
+    return {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 4096,
+        "bos_token_id": tokenizer.token_to_id("<|endoftext|>"),
+        "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5000000.0,
+            "mrope_section": [4, 2, 2],
+            "mrope_interleaved": True,
         },
-        vision_config={
-            "depth": 4,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "patch_size": 8,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "out_hidden_size": 64,
-            "num_position_embeddings": 64,
-            "deepstack_visual_indexes": list(taps),
-        },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=True,
-    )
-    model = Qwen3VLForConditionalGeneration(config)
-    _randomise(model, seed)
-    model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
-    model.generation_config.pad_token_id = ids["<|endoftext|>"]
-    model.save_pretrained(path, max_shard_size="200KB")
+    }
+
+
+def qwen_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids that a Qwen config names."""
+    names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
+    names |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
+    return {name: tokenizer.token_to_id(text) for name, text in names.items()}
+
+
+def qwen_files(path: Path, tokenizer: Tokenizer, processor: str = "Qwen3VLProcessor") -> None:
+    """Everything of a Qwen folder but config and weights: tokenizer, chat template, processors."""
     tokenizer.save(str(path / "tokenizer.json"))
     _write(
         path,
@@ -200,6 +200,11 @@ def qwen3_vl_folder(path: str | Path, taps: tuple[int, ...] = (0, 1, 2), seed: i
         },
     )
     _write(path, "chat_template.json", {"chat_template": QWEN_TEMPLATE})
+    qwen_pixels(path, processor, "Qwen2VLImageProcessorFast")
+
+
+def qwen_pixels(path: Path, processor: str, image_processor: str) -> None:
+    """The processor files of a Qwen tower: patches of 8 px, at most 64 x 64 px."""
     pixels = {
         "size": {"longest_edge": 64 * 64, "shortest_edge": 32 * 32},
         "patch_size": 8,
@@ -207,10 +212,34 @@ def qwen3_vl_folder(path: str | Path, taps: tuple[int, ...] = (0, 1, 2), seed: i
         "merge_size": 2,
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
-        "processor_class": "Qwen3VLProcessor",
+        "processor_class": processor,
     }
-    _write(path, "preprocessor_config.json", {**pixels, "image_processor_type": "Qwen2VLImageProcessorFast"})
+    _write(path, "preprocessor_config.json", {**pixels, "image_processor_type": image_processor})
     _write(path, "video_preprocessor_config.json", {**pixels, "video_processor_type": "Qwen3VLVideoProcessor"})
+
+
+def save_qwen(path: Path, model: PreTrainedModel, tokenizer: Tokenizer, seed: int) -> None:
+    """Random weights, in shards, with the end tokens of the released generation_config.json."""
+    _randomise(model, seed)
+    end, pad = tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")
+    model.generation_config.eos_token_id = [end, pad]
+    model.generation_config.pad_token_id = pad
+    model.save_pretrained(path, max_shard_size="200KB")
+
+
+def qwen3_vl_folder(path: str | Path, taps: tuple[int, ...] = (0, 1, 2), seed: int = 0, layers: int = 5) -> Path:
+    """A Qwen3-VL folder in the released format with a 4-block tower, `layers` LLM layers, 64 wide."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer(QWEN_SPECIAL, 400)
+    config = Qwen3VLConfig(
+        text_config=qwen_text(tokenizer, layers),
+        vision_config=qwen_vision(taps),
+        tie_word_embeddings=True,
+        **qwen_tokens(tokenizer),
+    )
+    save_qwen(path, Qwen3VLForConditionalGeneration(config), tokenizer, seed)
+    qwen_files(path, tokenizer)
     return path
 
 

@@ -189,7 +189,7 @@ def parse_shown(text: str, seen: Seen) -> Shown:
 def as_shown(record: Record, seen: Seen, text: str) -> tuple[dict[str, GridMap], object, bool]:
     """(maps by label, the picture below them, whether the scale is fixed) of the linked view's state."""
     shown = parse_shown(text, seen)
-    trace, picture = seen.trace, record.prompt.images[shown.image]
+    trace, picture = seen.trace, record.prompt.picture(shown.image)
     if shown.mode == "injected":
         maps = {
             f"{source_name(source)}, layer {layer}": norms.norm_map(trace, "injected", layer, source, shown.image)

@@ -78,7 +78,7 @@ def live(
     busy = (gr.skip(), gr.skip()) if before is not None or len(asked.plan.sources()) < 2 else (BUSY, "")
     yield question, kept, focus, card, *busy, gr.skip()
     effect = now.once("effect", lambda: asked.engine.image_effect(asked.prompt, now.answer, asked.plan))
-    sources = tuple(source.name for source in asked.engine.layout.sources)
+    sources = tuple(source.name for source in asked.engine.layout.sources_for(asked.plan))
     felt = effects(norms.Effect(asked.plan, sources, effect))
     try:
         run = all_subsets(asked, now, before, focus.truth)

@@ -12,7 +12,7 @@
   const TOP = 44;
 
   const number = (gain) => String(Math.round(gain * 1000) / 1000);
-  const order = (name) => (name === 'base' ? -1 : Number(name));
+  const order = (name) => (name === 'base' ? -1 : name.startsWith('tap') ? 1e4 + Number(name.slice(3)) : Number(name));
   const text = (entries) =>
     [...entries]
       .sort((a, b) => order(a.source) - order(b.source) || a.layer - b.layer)
@@ -26,7 +26,7 @@
           const [layer, gain] = rest.split('*');
           return { source, layer: Number(layer), gain: gain === undefined ? 1 : Number(gain) };
         });
-  const named = (source) => (source === 'base' ? 'base' : `stack ${source}`);
+  const named = (source) => (source === 'base' ? 'base' : source.replace(/^tap/, 'untrained tap ').replace(/^(?=\d)/, 'stack '));
 
   lens.picture = (element, props, trigger, watch) => {
     const root = element.querySelector('.dl-picture');

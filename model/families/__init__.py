@@ -6,18 +6,23 @@ that is the engine's, the same for all.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.utils import cached_file
 
 from model.errors import UserError
 from model.layout import Layout
-from model.types import Message, View
+from model.types import Message, Region, View
 
 if TYPE_CHECKING:
     from model.engine import Engine
@@ -33,6 +38,7 @@ class Family(ABC):
     model_types: tuple[str, ...]  # of config.json
     needs: str  # one sentence: what such a checkpoint must have
     fold_case = False  # True when the chat template changes the case of user text
+    mixes_images = False  # True when an image beside others is encoded otherwise than alone
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -47,6 +53,11 @@ class Family(ABC):
     def matches(cls, config: PreTrainedConfig) -> bool:
         """Whether this family can run a checkpoint with this config."""
         return config.model_type in cls.model_types
+
+    @classmethod
+    def unused_weights(cls) -> tuple[str, ...]:
+        """Patterns of weight names that a released checkpoint holds and this family never loads."""
+        return ()
 
     @classmethod
     @abstractmethod
@@ -72,13 +83,31 @@ class Family(ABC):
     def image_token_id(self) -> int:
         """The placeholder that each image contributes once to the rendered text."""
 
-    @abstractmethod
     def grid(self, image: Image.Image) -> tuple[int, int]:
-        """(rows, columns) of visual tokens that this image takes; UserError if it cannot be used."""
+        """(rows, columns) of visual tokens that this image takes; UserError if it cannot be used.
+
+        A family whose images take several rectangles says so in `regions` instead.
+        """
+        raise NotImplementedError(f"{type(self).__name__} says neither grid nor regions")
+
+    def regions(self, image: Image.Image, alone: bool = True) -> tuple[Region, ...]:
+        """The rectangles of visual tokens that this image takes, in order. `alone`: see `mixes_images`."""
+        return (Region(self.grid(image)),)
+
+    def image_text(self, image: Image.Image, alone: bool = True) -> str:
+        """What stands in the prompt's text for one image, with one placeholder per visual token."""
+        return self.image_token * sum(region.grid[0] * region.grid[1] for region in self.regions(image, alone))
 
     @abstractmethod
     def encode(self, image: Image.Image) -> dict[str, Tensor]:
-        """The vision tower on one image: source name -> [N, d], every source of the layout, row-major over `grid`."""
+        """The vision tower on one image: source name -> [N, d], every source of the layout.
+
+        Rows are row-major over each of the image's regions, in order. A family that mixes images takes `alone` too.
+        """
+
+    def encode_taps(self, image: Image.Image, names: Sequence[str]) -> dict[str, Tensor]:
+        """Untrained taps of the layout on one image: name -> [N, d]. Only asked of a family whose layout has some."""
+        raise NotImplementedError(f"{self.title} has no untrained taps")
 
     @abstractmethod
     def views(self, image: Image.Image) -> tuple[View, ...]:
@@ -86,7 +115,10 @@ class Family(ABC):
 
     @abstractmethod
     def positions(self, input_ids: Tensor, grids: Sequence[tuple[int, int]]) -> tuple[Tensor, int]:
-        """Position ids [..., 1, T] of a prompt as transformers computes them, and the next token's position."""
+        """Position ids [..., 1, T] of a prompt as transformers computes them, and the next token's position.
+
+        grids: (rows, columns) of every region of every image, in order.
+        """
 
     @abstractmethod
     def plain_inputs(self, prompt: Prompt) -> tuple[dict[str, Tensor], Plan] | None:
@@ -94,6 +126,11 @@ class Family(ABC):
 
         Tensors on the CPU. None where transformers alone cannot run this checkpoint.
         """
+
+    @property
+    def image_token(self) -> str:
+        """The placeholder as text."""
+        return self.tokenizer.convert_ids_to_tokens(self.image_token_id)
 
     @property
     def embed(self) -> nn.Module:
@@ -108,7 +145,7 @@ class Family(ABC):
     def special_tokens(self) -> tuple[str, ...]:
         """Strings the tokenizer would turn into special tokens."""
         added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        return tuple(dict.fromkeys([*added, *self.tokenizer.all_special_tokens]))
+        return tuple(dict.fromkeys([*added, *self.tokenizer.all_special_tokens, self.image_token]))
 
     def render(self, messages: list[Message]) -> str:
         """The chat template's text, ready for an answer."""
@@ -133,28 +170,49 @@ def load_kwargs(device: torch.device | str, dtype: torch.dtype, hub: dict[str, A
     return kwargs
 
 
+def chat_template(source: str, hub: dict[str, Any]) -> str | None:
+    """The processor's own chat template (chat_template.jinja or .json); None where only the tokenizer has one."""
+    for file in ("chat_template.jinja", "chat_template.json"):
+        path = cached_file(source, file, _raise_exceptions_for_missing_entries=False, **hub)
+        if path is not None:
+            text = Path(path).read_text(encoding="utf-8")
+            return json.loads(text)["chat_template"] if file.endswith(".json") else text
+    return None
+
+
 def families() -> tuple[type[Family], ...]:
-    """All families, in the order in which they are asked."""
+    """All families, in the order in which they are asked: those with stacks, then the single injections."""
+    from model.families.cohere_compass import CohereCompass
+    from model.families.cosmos3_omni import Cosmos3Omni
     from model.families.deepstack_llava import DeepStackLlava
+    from model.families.granite4_vision import Granite4Vision
+    from model.families.granite_docling import GraniteDocling
+    from model.families.llava import Llava
+    from model.families.llava_next import LlavaNext
+    from model.families.llava_onevision import LlavaOnevision
+    from model.families.qwen2_5_vl import Qwen25VL
+    from model.families.qwen2_vl import Qwen2VL
+    from model.families.qwen3_5 import Qwen35
+    from model.families.qwen3_omni_moe import Qwen3OmniMoe
     from model.families.qwen3_vl import Qwen3VL
+    from model.families.qwen3_vl_moe import Qwen3VLMoe
 
-    return (Qwen3VL, DeepStackLlava)
-
-
-_WITHOUT = {
-    "qwen3_5": "Qwen3.5 has no DeepStack: its code removed it, all visual tokens enter once at the input",
-    "qwen3_5_moe": "Qwen3.5 has no DeepStack: its code removed it, all visual tokens enter once at the input",
-    "qwen2_vl": "Qwen2-VL has no DeepStack: all visual tokens enter once at the input",
-    "qwen2_5_vl": "Qwen2.5-VL has no DeepStack: all visual tokens enter once at the input",
-    "llava": "this LLaVA checkpoint's config has no “deepstack” entry, so it is an ordinary LLaVA without stacks",
-}
+    stacks = (Qwen3VL, Qwen3VLMoe, Qwen3OmniMoe, Cosmos3Omni, CohereCompass, Granite4Vision, GraniteDocling)
+    return (*stacks, DeepStackLlava, Qwen2VL, Qwen25VL, Qwen35, Llava, LlavaNext, LlavaOnevision)
 
 
 def detect(config: PreTrainedConfig) -> type[Family]:
     """The family of a checkpoint's config; UserError with the list of supported ones otherwise."""
     for family in families():
         if family.matches(config):
+            if config.model_type not in CONFIG_MAPPING_NAMES:
+                raise UserError(
+                    f"Cannot use this model: the installed transformers {transformers.__version__} does not have the "
+                    f"type “{config.model_type}” ({family.title}). Install a newer one: pip install -U transformers."
+                )
             return family
-    supported = "; ".join(f"{family.title} ({', '.join(family.model_types)})" for family in families())
-    reason = _WITHOUT.get(config.model_type, f"models of type “{config.model_type}” are not supported")
-    raise UserError(f"Cannot use this model: {reason}. Supported: {supported}.")
+    supported = ", ".join(family.title for family in families())
+    raise UserError(
+        f"Cannot use this model: models of type “{config.model_type}” are not supported. Supported are {supported}; "
+        "`python -m app models` says what each needs."
+    )

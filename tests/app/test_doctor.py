@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from app.cli import main
-from app.doctor import diagnose, sign, watch
+from app.doctor import QUESTION, diagnose, sign, watch
 from model.loading import load
+from model.types import Sampling
 from tests import tiny
 
 KINDS = ("qwen", "hires", "single", "concat")
@@ -37,7 +38,10 @@ def test_the_command_prints_the_checks_and_exits_0(capsys):
     assert all(set(check) == {"name", "ok", "figure"} for check in data["checks"])
     figures = {check["name"]: check["figure"] for check in data["checks"]}
     assert figures["taps"] == "vision blocks 0, 1, 2; the config says 0, 1, 2"
-    assert figures["injections, prefill only"] == "before layers 1, 2, 3 in the prefill; 0 in 7 later steps"
+    assert figures["injections, prefill only"] == "3 of 3 before layers 1, 2, 3 in the prefill; 0 in 7 later steps"
+    assert all(word in figures["memory"] for word in ("held", "needed", "free on cpu"))
+    assert "cpu" in figures["device and number format"] and "float32" in figures["device and number format"]
+    assert all(library in figures["versions"] for library in ("python 3", "torch 2", "transformers 5"))
 
 
 def test_bfloat16_is_judged_by_its_own_precision():
@@ -71,6 +75,54 @@ def test_taps_one_block_early_are_found(tmp_path):
     late.model.model.visual.deepstack_visual_indexes = [0, 1, 2]
     checks = {check.name: check for check in diagnose(late)}
     assert not checks["taps"].ok and checks["taps"].figure == "vision blocks 0, 1, 2; the config says 1, 2, 3"
+
+
+def test_another_vision_layer_than_the_configs_is_found():
+    early = tiny.build(tiny.folder("hires"))
+    early.adapter.vision_layer -= 1
+    checks = {check.name: check for check in diagnose(early)}
+    assert not checks["taps"].ok and checks["taps"].figure == "vision blocks 1; the config says 2"
+
+
+def test_an_answer_that_ends_at_once_still_shows_decoding():
+    engine = tiny.build(tiny.folder("qwen"))
+    first = engine.answer(engine.prompt(tiny.ask(sign(), QUESTION)), engine.layout.default, Sampling(1)).tokens[0]
+    engine._end = frozenset({first.id})
+    checks = {check.name: check for check in diagnose(engine)}
+    for name, empty in (
+        ("injections, prefill only", " 0 later steps"),
+        ("cached decode equals recompute", " 0 tokens"),
+    ):
+        assert checks[name].ok and empty not in checks[name].figure
+
+
+def test_a_cache_that_decodes_something_else_is_found(qwen):
+    def late(module, args, given):
+        if given["past_key_values"] is not None and given["inputs_embeds"].shape[1] == 1:
+            given = {**given, "position_ids": given["position_ids"] + 40}
+        return args, given
+
+    qwen.adapter.decoder.register_forward_pre_hook(late, with_kwargs=True)
+    assert "cached decode equals recompute" in failed(qwen)
+
+
+def test_attention_rows_of_another_layer_are_found(qwen):
+    replay = qwen.replay
+
+    def mixed(prompt, answer, plan, probe=None):
+        trace = replay(prompt, answer, plan, probe)
+        if trace.attention:
+            layers = list(trace.attention)
+            trace.attention.update(zip(layers, [trace.attention[layer] for layer in layers[::-1]], strict=True))
+        return trace
+
+    qwen.replay = mixed
+    assert failed(qwen) == ["attention rows equal eager's"]
+
+
+def test_too_little_memory_is_said(monkeypatch):
+    monkeypatch.setattr("app.doctor.free_memory", lambda device: 10)
+    assert failed(tiny.engine("qwen")) == ["memory"]
 
 
 def test_injections_that_do_not_happen_are_found(qwen):

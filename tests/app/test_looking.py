@@ -68,7 +68,7 @@ def test_heads_too_large_to_send_at_once_are_fetched_by_layer(desk, record, monk
     seen = looking.see(engine, record)
     monkeypatch.setattr(looking, "HEADS_BYTES", 10)
     assert looking.look_value(engine, record, seen, "key")["attention"]["byLayer"] == {}
-    with pytest.raises(UserError, match="no attention of layer 99"):
+    with pytest.raises(UserError, match="no attention rows of layer 99; there are of 0, 1"):
         looking.heads_of(seen.trace, 99)
 
 

@@ -2,12 +2,17 @@
 
     python -m tests.browser.tiny_page --port 7861
 
-For work on the page itself and for tests that are about the page, not about what a model has learned.
+A token takes at least 20 ms, as on a real model: somebody can watch an answer, and stop it. For work on the page itself
+and for tests that are about the page, not about what a model has learned.
 """
 
+import functools
 import sys
 import tempfile
+import time
 from pathlib import Path
+
+from transformers import LlamaModel
 
 from app import cli
 from model import loading
@@ -23,8 +28,21 @@ def write(folder: Path) -> None:
     tiny.qwen3_vl_folder(folder / "taps-single", taps=())
 
 
+def slow_down(seconds: float) -> None:
+    """Every pass of a Llama decoder takes at least so long."""
+    forward = LlamaModel.forward
+
+    @functools.wraps(forward)
+    def slowly(*args, **kwargs):
+        time.sleep(seconds)
+        return forward(*args, **kwargs)
+
+    LlamaModel.forward = slowly
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         write(Path(temporary))
         loading.CHECKPOINTS = Path(temporary)
+        slow_down(0.02)
         sys.exit(cli.main())

@@ -10,6 +10,7 @@ import http.server
 import importlib.util
 import json
 import shutil
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -101,9 +102,6 @@ def test_a_config_whose_numbers_do_not_fit_the_weights_is_one_sentence(qwen):
 @pytest.mark.parametrize(
     "model_type, words",
     [
-        ("qwen3_5", "Qwen3.5 has no DeepStack: its code removed it"),
-        ("qwen2_vl", "Qwen2-VL has no DeepStack"),
-        ("llava", "no “deepstack” entry"),
         ("gpt2", "type “gpt2” are not supported"),
         ("not_a_type_at_all", "not supported"),
     ],
@@ -112,7 +110,7 @@ def test_other_model_types_are_refused_with_the_list_of_supported_ones(qwen, mod
     config = json.loads((qwen / "config.json").read_text())
     (qwen / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
     message = refusal(qwen)
-    assert words in message and "Qwen3-VL (qwen3_vl)" in message and "DeepStack-L (llava)" in message
+    assert words in message and "Supported are Qwen3-VL, " in message and " DeepStack-L, " in message
 
 
 def test_pickles_are_never_opened(hires):
@@ -363,6 +361,15 @@ def test_no_network(hub, monkeypatch):
     assert "cannot be reached" in refusal("owner/tiny")
 
 
+def test_a_hub_out_of_reach_is_tried_once(hub, monkeypatch, caplog):
+    """Its library would try six times, 25 seconds, and tell of each."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # bound and not listening: refused
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        assert "cannot be reached" in refusal("owner/tiny")
+    assert "Retrying" not in caplog.text
+
+
 def test_a_repository_that_is_not_a_model(hub, tmp_path):
     (tmp_path / "repo").mkdir()
     (tmp_path / "repo" / "README.md").write_text("hello")
@@ -372,9 +379,9 @@ def test_a_repository_that_is_not_a_model(hub, tmp_path):
 
 def test_the_type_is_looked_at_before_gigabytes_are_downloaded(hub, qwen):
     config = json.loads((qwen / "config.json").read_text())
-    (qwen / "config.json").write_text(json.dumps({**config, "model_type": "qwen3_5"}))
+    (qwen / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
     hub.models["owner/new"] = qwen
-    assert "Qwen3.5 has no DeepStack" in refusal("owner/new")
+    assert "type “gpt2” are not supported" in refusal("owner/new")
     assert not [path for path in hub.asked if "safetensors" in path]
 
 

@@ -33,6 +33,7 @@ def layout(n_stacks=3, n_layers=8, start=1):
         ("", "none"),
         (" , ", "none"),
         ("base@0;0@1", "base@0,0@1"),
+        ("TAP10@0, tap09@2*2, 11@1, base@0", "base@0,11@1,tap9@2*2,tap10@0"),
     ],
 )
 def test_parse_gives_the_canonical_text_and_reads_it_back(text, canonical):
@@ -52,6 +53,8 @@ def test_parse_gives_the_canonical_text_and_reads_it_back(text, canonical):
         ("base@-1", "“-1” is not a layer"),
         ("base@1.5", "is not a layer"),
         ("eye@0", "“eye” is not a source"),
+        ("tap@0", "“tap” is not a source"),
+        ("tap-1@0", "“tap-1” is not a source"),
         ("0@1*much", "“much” is not a gain"),
         ("0@1*nan", "“nan” is not a gain"),
         ("0@1*inf", "“inf” is not a gain"),
