@@ -16,7 +16,7 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils import cached_file
 
@@ -60,7 +60,6 @@ class Family(ABC):
         return ()
 
     @classmethod
-    @abstractmethod
     def build(
         cls,
         source: str,
@@ -72,6 +71,19 @@ class Family(ABC):
         **hub: Any,
     ) -> Engine:
         """Loads a folder or hub id. `hub` goes to transformers' from_pretrained (revision, cache_dir, token …)."""
+        from model.engine import Engine
+
+        source = str(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub)
+        processor, model = cls.parts(source, load_kwargs(device, dtype, hub), hub)
+        return Engine(
+            cls(model, tokenizer, processor, chat_template(source, hub)), name=name or source, reasons=reasons
+        )
+
+    @classmethod
+    @abstractmethod
+    def parts(cls, source: str, options: dict[str, Any], hub: dict[str, Any]) -> tuple[Any, PreTrainedModel]:
+        """The image processor and the model. `options`: for the model's from_pretrained, `hub` among them."""
 
     @staticmethod
     @abstractmethod

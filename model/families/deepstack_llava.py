@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, LlavaForConditionalGeneration, PreTrainedConfig
+from transformers import LlavaForConditionalGeneration, PreTrainedConfig
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from model.engine import Engine
 from model.errors import UserError
-from model.families import Family, load_kwargs
+from model.families import Family
 from model.layout import Layout, StackSource
 from model.plan import BASE, Plan
 from model.prompt import Prompt
@@ -48,8 +47,11 @@ class DeepStackLlava(Family):
     needs = "a LLaVA-shaped folder whose config.json has a “deepstack” entry, as the embedded models have"
     fold_case = True  # the embedded models' chat template lower-cases user text
 
-    def __init__(self, model: LlavaForConditionalGeneration, tokenizer, processor: CLIPImageProcessorPil):
+    def __init__(
+        self, model: LlavaForConditionalGeneration, tokenizer, processor: CLIPImageProcessorPil, chat_template
+    ):
         self.model, self.tokenizer, self.processor = model, tokenizer, processor
+        self.chat_template = chat_template
         self.decoder = model.model.language_model
         self.settings = settings_of(model.config)
         self.layout, self.warnings = layout_of(model.config)
@@ -68,21 +70,11 @@ class DeepStackLlava(Family):
         return config.model_type in cls.model_types and isinstance(getattr(config, "deepstack", None), dict)
 
     @classmethod
-    def build(
-        cls,
-        source: str,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        *,
-        name: str | None = None,
-        reasons: Sequence[str] = (),
-        **hub: Any,
-    ) -> Engine:
-        source = str(source)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub)
+    def parts(
+        cls, source: str, options: dict[str, Any], hub: dict[str, Any]
+    ) -> tuple[Any, LlavaForConditionalGeneration]:
         processor = CLIPImageProcessorPil.from_pretrained(source, **hub)
-        model = LlavaForConditionalGeneration.from_pretrained(source, **load_kwargs(device, dtype, hub))
-        return Engine(cls(model, tokenizer, processor), name=name or source, reasons=reasons)
+        return processor, LlavaForConditionalGeneration.from_pretrained(source, **options)
 
     @staticmethod
     def layout_of(config: PreTrainedConfig) -> tuple[Layout, tuple[str, ...]]:

@@ -14,12 +14,11 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from model.engine import Engine
 from model.errors import UserError
-from model.families import Family, chat_template, load_kwargs
+from model.families import Family
 from model.layout import Layout, StackSource
 from model.plan import BASE, TAP, Plan
 from model.prompt import Prompt
@@ -50,22 +49,9 @@ class Qwen(Family):
         )
 
     @classmethod
-    def build(
-        cls,
-        source: str,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        *,
-        name: str | None = None,
-        reasons: Sequence[str] = (),
-        **hub: Any,
-    ) -> Engine:
-        source = str(source)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub)
+    def parts(cls, source: str, options: dict[str, Any], hub: dict[str, Any]) -> tuple[Any, PreTrainedModel]:
         processor = getattr(transformers, cls.processor_class).from_pretrained(source, **hub)
-        model = getattr(transformers, cls.model_class).from_pretrained(source, **load_kwargs(device, dtype, hub))
-        family = cls(model, tokenizer, processor, chat_template(source, hub))
-        return Engine(family, name=name or source, reasons=reasons)
+        return processor, getattr(transformers, cls.model_class).from_pretrained(source, **options)
 
     @classmethod
     def layout_of(cls, config: PreTrainedConfig) -> tuple[Layout, tuple[str, ...]]:

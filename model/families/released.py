@@ -18,13 +18,11 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
-from model.engine import Engine
-from model.families import Family, chat_template, load_kwargs
+from model.families import Family
 from model.layout import Layout, StackSource
 from model.plan import BASE, Plan
 from model.prompt import Prompt
@@ -44,25 +42,10 @@ class Released(Family):
         self.note = "It has no stacks: the image enters once, at the input."
 
     @classmethod
-    def build(
-        cls,
-        source: str,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        *,
-        name: str | None = None,
-        reasons: Sequence[str] = (),
-        **hub: Any,
-    ) -> Engine:
-        source = str(source)
-        cls.layout_of(
-            AutoConfig.from_pretrained(source, **hub)
-        )  # what cannot be run is refused before weights are read
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub)
+    def parts(cls, source: str, options: dict[str, Any], hub: dict[str, Any]) -> tuple[Any, PreTrainedModel]:
+        cls.layout_of(AutoConfig.from_pretrained(source, **hub))  # refuses what cannot be run, before weights are read
         processor = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False, **hub)
-        model = AutoModelForImageTextToText.from_pretrained(source, **load_kwargs(device, dtype, hub))
-        family = cls(model, tokenizer, processor, chat_template(source, hub))
-        return Engine(family, name=name or source, reasons=reasons)
+        return processor, AutoModelForImageTextToText.from_pretrained(source, **options)
 
     @classmethod
     def layout_of(cls, config: PreTrainedConfig) -> tuple[Layout, tuple[str, ...]]:
