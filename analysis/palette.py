@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from model.plan import BASE, TAP
 
 BASE_GREY = "#7A828E"
-# In the order of the stacks; the last two, a brown and a violet, are ours: Granite Vision has eight sources.
-STACK_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#A6761D", "#8B78C6")
-MAX_NAMED = 16  # stacks that get CSS variables of their own; colours repeat after eight
+# In the order of the stacks; the last three, brown, violet and olive, are ours: `hires` has nine stacks.
+STACK_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#A6761D", "#8B78C6", "#7F8C2A")
+MAX_NAMED = 16  # stacks that get CSS variables of their own; colours repeat after nine
 MAX_TAPS = 48  # vision blocks whose untrained taps get CSS variables; all are grey like the base
 
 LIGHT_SURFACE, DARK_SURFACE = "#FFFFFF", "#14171C"

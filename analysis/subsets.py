@@ -1,17 +1,20 @@
-"""All on/off subsets of the stacks at once, and what each stack is worth on average (Shapley values).
+"""On/off subsets of the stacks at once, and what each stack is worth on average (Shapley values).
 
-1. `subsets_of(plan)`: the 2^K plans, base kept, bit i of the index switches stack i on.
-2. `run` answers under each (one batch) and scores one text, the target, under each (a second batch): the
-   log-probability of each of its tokens, given the ones before.
+1. `subsets_of(plan)`: plans with some of the K stacks, base kept: all 2^K, or the telling ones of more than
+   six stacks.
+2. `run` answers under each (one batch) and scores one text, the target, under each and whatever 3. needs (a second
+   batch): the log-probability of each of its tokens, given the ones before.
 3. `shapley`: for every order of switching the K stacks on, what each one adds when its turn comes, averaged over the
    orders. Exact from the 2^K scores:  phi_i = sum over S without i of |S|! (K-|S|-1)! / K! * (v(S + i) - v(S)).
+   Of more than six stacks `sampled_shapley` takes some orders, drawn at random and each with its reverse, which cancels
+   part of the noise (Mitchell et al. 2022, Sampling permutations for Shapley value estimation), and gives its error.
 
-Knows nothing about figures or pages; the engine is given.
+A subset is written as bits: bit i switches stack i on. Knows nothing about figures or pages; the engine is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import factorial
 
@@ -24,7 +27,8 @@ from model.plan import BASE, Plan
 from model.prompt import Prompt
 from model.types import Answer, Sampling, Token
 
-MAX_STACKS = 6  # 64 plans in one batch
+MAX_ALL = 6  # stacks whose 64 subsets are all tried
+ORDERS = 16  # of switching on, for more stacks than that: eight and their reverses
 
 
 @dataclass(frozen=True)
@@ -41,27 +45,38 @@ class Subset:
 
 @dataclass(frozen=True)
 class SubsetRun:
-    """Every subset, those with most stacks first, and the Shapley values that follow from them."""
+    """Subsets, those with most stacks first, and the Shapley values of the stacks."""
 
     plan: Plan  # with everything on
     stacks: tuple[str, ...]  # [K]
-    rows: tuple[Subset, ...]  # [2^K]
+    rows: tuple[Subset, ...]  # [S], all of the 2^K or the telling ones
     target: str  # the text that is scored: the truth if one was given, else the answer with everything on
     tokens: tuple[str, ...]  # [A] texts of the target's tokens
-    scores: np.ndarray  # float64 [2^K, A] log-probability of each token; index = bits, bit i is stack i
-    shapley: np.ndarray  # float64 [K, A], nats; over K they sum to scores[all on] - scores[all off]
+    scores: np.ndarray  # float64 [T, A] log-probability of each token; first with all stacks off, last with all on
+    shapley: np.ndarray  # float64 [K, A], nats; over K they sum to scores[-1] - scores[0]
+    error: np.ndarray | None  # float64 [K, A], standard error of the values, nats; None where they are exact
     seconds: float  # of the batch of answers
 
 
-def subsets_of(plan: Plan) -> list[Plan]:
-    """All 2^K on/off subsets of a plan's K stacks, base kept; bit i of the index is stack i (in the plan's order)."""
+def bits_of(count: int) -> list[int]:
+    """The subsets of `count` stacks that are answered, ascending: all 2^K of up to six stacks; else none, all, each
+    stack alone, all but each, the first n and the last n."""
+    if count <= MAX_ALL:
+        return list(range(2**count))
+    everything = 2**count - 1
+    single = {1 << i for i in range(count)}
+    first = {(1 << n) - 1 for n in range(count + 1)}
+    return sorted(single | {everything ^ bits for bits in single} | first | {everything ^ bits for bits in first})
+
+
+def subsets_of(plan: Plan) -> dict[int, Plan]:
+    """Bits to plan, ascending: the subsets of a plan's stacks that are answered, base kept; bit i is stack i in the
+    plan's order."""
     stacks = stacks_of(plan)
-    if len(stacks) > MAX_STACKS:
-        raise UserError(f"The plan has {len(stacks)} stacks; all subsets are tried for {MAX_STACKS} at most.")
-    return [
-        Plan(e for e in plan if e.source == BASE or bits >> stacks.index(e.source) & 1)
-        for bits in range(2 ** len(stacks))
-    ]
+    return {
+        bits: Plan(e for e in plan if e.source == BASE or bits >> stacks.index(e.source) & 1)
+        for bits in bits_of(len(stacks))
+    }
 
 
 def stacks_of(plan: Plan) -> tuple[str, ...]:
@@ -85,28 +100,59 @@ def shapley(values: np.ndarray) -> np.ndarray:
     return phi
 
 
+def orders_of(count: int, seed: int = 0) -> list[tuple[int, ...]]:
+    """ORDERS orders of `count` stacks: random ones, each followed by its reverse."""
+    rng = np.random.default_rng(seed)
+    drawn = [tuple(int(i) for i in rng.permutation(count)) for _ in range(ORDERS // 2)]
+    return [order for one in drawn for order in (one, one[::-1])]
+
+
+def passed(order: Sequence[int]) -> list[int]:
+    """Bits of the subsets that switching stacks on in this order passes through, from none to all."""
+    return [sum(1 << i for i in order[:n]) for n in range(len(order) + 1)]
+
+
+def sampled_shapley(values: Mapping[int, np.ndarray], orders: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Shapley values `[K, ...]` estimated from `orders`, each with its reverse after it, and their standard error.
+
+    values: worth of every subset that the orders pass, by bits. An order and its reverse count as one draw.
+    """
+    added = np.zeros((len(orders), len(orders[0]), *np.shape(values[0])))
+    for n, order in enumerate(orders):
+        steps = passed(order)
+        for place, player in enumerate(order):
+            added[n, player] = values[steps[place + 1]] - values[steps[place]]
+    draws = (added[::2] + added[1::2]) / 2
+    return draws.mean(0), draws.std(0, ddof=1) / len(draws) ** 0.5
+
+
 def run(
     engine, prompt: Prompt, plan: Plan | None = None, sampling: Sampling | None = None, truth: str | None = None
 ) -> SubsetRun:
-    """Answers under all subsets of `plan` (default: the model's own), and Shapley values of the target's score.
+    """Answers under subsets of `plan` (default: the model's own), and Shapley values of the target's score.
 
     The target is `truth` if given, else the answer with everything on; UserError if that is empty.
     """
     plan = engine.layout.default if plan is None else plan
     plans = subsets_of(plan)
-    answers = engine.answer_many(prompt, plans, sampling or Sampling())
-    target = truth if truth else answers[-1].text
+    said = engine.answer_many(prompt, list(plans.values()), sampling or Sampling())
+    answers = dict(zip(plans, said, strict=True))
+    target = truth if truth else said[-1].text
     if not target.strip():
         raise UserError("There is nothing to score: the answer is empty. Give the true answer, or ask something else.")
     tokens = engine.score(prompt, plan, target)
-    scores = scores_of(engine, prompt, plan, tokens)
     stacks = stacks_of(plan)
+    orders = orders_of(len(stacks)) if len(stacks) > MAX_ALL else []
+    wanted = sorted({*plans, *(bits for order in orders for bits in passed(order))})
+    scores = scores_of(engine, prompt, plan, tokens, wanted)
+    worth = dict(zip(wanted, scores, strict=True))
+    shares, error = sampled_shapley(worth, orders) if orders else (shapley(scores), None)
     rows = []
-    for bits in sorted(range(len(plans)), key=lambda b: (-b.bit_count(), b)):
+    for bits in sorted(plans, key=lambda b: (-b.bit_count(), b)):
         on = tuple(stack for i, stack in enumerate(stacks) if bits >> i & 1)
         match = exact(answers[bits].text, truth) if truth else None
         label = subset_label(stacks, on, base=BASE in plan.sources())
-        rows.append(Subset(plans[bits], on, label, answers[bits], match, float(scores[bits].sum())))
+        rows.append(Subset(plans[bits], on, label, answers[bits], match, float(worth[bits].sum())))
     return SubsetRun(
         plan=plan,
         stacks=stacks,
@@ -114,20 +160,22 @@ def run(
         target=target,
         tokens=tuple(token.text for token in tokens),
         scores=scores,
-        shapley=shapley(scores),
-        seconds=max(answer.seconds for answer in answers),
+        shapley=shares,
+        error=error,
+        seconds=max(answer.seconds for answer in said),
     )
 
 
-def scores_of(engine, prompt: Prompt, plan: Plan, tokens: Sequence[Token]) -> np.ndarray:
-    """Log-probability of each token under every subset of the plan's stacks, float64 [2^K, A], as one batch of 2^K."""
+def scores_of(engine, prompt: Prompt, plan: Plan, tokens: Sequence[Token], subsets: Sequence[int]) -> np.ndarray:
+    """Log-probability of each token under each subset of the plan's stacks, given as bits: float64 [T, A], in one
+    batch."""
     stacks = stacks_of(plan)
     sources = [source.name for source in engine.layout.sources_for(plan)]
-    gains = torch.ones(2 ** len(stacks), len(sources), prompt.visual_tokens)
-    for bits in range(len(gains)):
+    gains = torch.ones(len(subsets), len(sources), prompt.visual_tokens)
+    for row, bits in enumerate(subsets):
         for i, stack in enumerate(stacks):
             if not bits >> i & 1:
-                gains[bits, sources.index(stack)] = 0.0
+                gains[row, sources.index(stack)] = 0.0
     with torch.no_grad():
         return engine.logprob_of(prompt, tokens, plan, gains).double().cpu().numpy()
 

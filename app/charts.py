@@ -71,7 +71,7 @@ def shapley_bars(run: SubsetRun) -> str:
             parts.append(
                 f'<rect x="{x + i * (bar + 2)}" y="{y:.1f}" width="{bar}" height="{max(tall, 0.5):.1f}" rx="1.5" '
                 f'fill="var(--source-{stack})">'
-                f"<title>{source_name(stack)}, “{escape(shown)}”: {value:+.2f} nats</title></rect>"
+                f"<title>{source_name(stack)}, “{escape(shown)}”: {value:+.2f}{_give(run, i, t)} nats</title></rect>"
             )
     width = group * count
     more = f" First {count} of {len(run.tokens)} tokens." if count < len(run.tokens) else ""
@@ -84,8 +84,14 @@ def shapley_bars(run: SubsetRun) -> str:
     )
 
 
+def _give(run: SubsetRun, stack: int, token: int) -> str:
+    """The standard error of a sampled value; nothing for an exact one."""
+    return "" if run.error is None else f" ± {run.error[stack, token]:.2f}"
+
+
 def subset_strip(run: SubsetRun, plan: Plan, truth: str = "") -> str:
-    """One card per on/off state of the stacks: its answer; the state of now is outlined. A click sets that plan."""
+    """One card per answered on/off state of the stacks: its answer; the state of now is outlined. A click sets
+    that plan."""
     cards = []
     full = run.rows[0].answer.text if run.rows else ""
     for row in run.rows:
@@ -103,7 +109,7 @@ def subset_strip(run: SubsetRun, plan: Plan, truth: str = "") -> str:
             f'aria-pressed="{str(row.plan == plan).lower()}"><span class="dl-dots">{dots}</span>'
             f"<span>{escape(row.label)}</span><b>{escape(said[:60])}{'…' * (len(said) > 60)}</b></button>"
         )
-    return f'<div class="dl-subsets" role="group" aria-label="Every subset of the stacks">{"".join(cards)}</div>'
+    return f'<div class="dl-subsets" role="group" aria-label="Subsets of the stacks">{"".join(cards)}</div>'
 
 
 def bar_list(rows: Sequence[tuple[str, float]]) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -266,14 +265,3 @@ def presets(layout: Layout) -> dict[str, Plan]:
         if fits and plan not in chosen.values():
             chosen[label] = plan
     return chosen
-
-
-def subsets(layout: Layout) -> list[Plan]:
-    """All 2^K on/off subsets of the default plan's K stacks, base kept, those with most stacks first."""
-    default = layout.default
-    names = [name for name in default.sources() if name != BASE]
-    plans = []
-    for size in range(len(names), -1, -1):
-        for kept in combinations(names, size):
-            plans.append(Plan(e for e in default if e.source == BASE or e.source in kept))
-    return plans

@@ -246,7 +246,9 @@ def qwen3_vl_folder(path: str | Path, taps: tuple[int, ...] = (0, 1, 2), seed: i
 def hires_folder(
     path: str | Path, merge: str = "stack", seed: int = 0, start: int = 1, interval: int = 1, num_crops: int = 4
 ) -> Path:
-    """A DeepStack-L folder: 16 px tiles of 4x4 tokens, 6 LLM layers, 64 wide. merge: "stack", "none" or "concat"."""
+    """A DeepStack-L folder: 16 px tiles of 4x4 tokens, 64 wide, 6 LLM layers or as many as stacks need.
+
+    merge: "stack", "none" or "concat"."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     special = ("<pad>", "<s>", "</s>", "<image>", "<answer>")
@@ -265,7 +267,7 @@ def hires_folder(
             vocab_size=tokenizer.get_vocab_size(),
             hidden_size=64,
             intermediate_size=96,
-            num_hidden_layers=6,
+            num_hidden_layers=max(6, start + interval * (num_crops - 1) + 2),
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=512,
@@ -320,6 +322,8 @@ def folder(kind: str) -> Path:
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     if kind == "qwen":
         return qwen3_vl_folder(path)
+    if kind == "nine":
+        return hires_folder(path, num_crops=9)
     return hires_folder(path, {"hires": "stack", "single": "none", "concat": "concat"}[kind])
 
 
@@ -330,7 +334,7 @@ def build(path: str | Path, name: str | None = None, dtype: torch.dtype = torch.
 
 @cache
 def engine(kind: str) -> Engine:
-    """A cached engine: "hires", "single", "concat" or "qwen"."""
+    """A cached engine: one of KINDS, or "nine", which is "hires" with nine stacks."""
     return build(folder(kind), name=f"tiny-{kind}")
 
 

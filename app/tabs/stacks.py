@@ -1,4 +1,4 @@
-"""Stacks: every change of the picture answers the question again, beside what all subsets of the stacks would say.
+"""Stacks: every change of the picture answers the question again, beside what subsets of the stacks would say.
 
 Handlers first, layout below. The answer comes first and alone; the strip of subsets is computed once per question.
 """
@@ -26,8 +26,8 @@ from model.types import Answer, Sampling
 EMPTY = markup.empty(
     "No question yet", "Pick an example below, or ask about your own image in Chat. Then switch stacks in the picture."
 )
-BUSY = '<div class="dl-panel dl-busy"><h3>Every subset at once</h3><p class="dl-note">being answered …</p></div>'
-MAX_NEW_TOKENS = 24  # of the answers of all subsets; the question's own answer may be longer
+BUSY = '<div class="dl-panel dl-busy"><h3>Subsets of the stacks</h3><p class="dl-note">being answered …</p></div>'
+MAX_NEW_TOKENS = 24  # of the answers of subsets; the question's own answer may be longer
 
 
 # ---- handlers: plain values in, plain values out
@@ -153,7 +153,7 @@ def everything(layout, plan: Plan) -> Plan:
 
 
 def all_subsets(asked: Asked, now: Record, before: Record | None, truth: str) -> subsets.SubsetRun:
-    """Every on/off subset of the stacks, answered in one batch; kept, and handed on while the question is the same.
+    """On/off subsets of the stacks, answered in one batch; kept, and handed on while the question is the same.
 
     UserError where there is nothing to switch or to score.
     """
@@ -176,10 +176,12 @@ def _same_question(a: Record, b: Record) -> bool:
 
 
 def strip(run: subsets.SubsetRun, plan: Plan, trained: Plan, truth: str) -> str:
-    """What the model says under every subset; the one of now is outlined."""
+    """What the model says under every subset, or the telling ones; the one of now is outlined."""
     more = "" if run.plan == trained else "Here the first is ablated as well: the plan is not that of the training."
     cost = markup.milliseconds(run.seconds)
-    title = f"<h3>Every subset at once <small>{len(run.rows)} plans, one batch, {cost}</small></h3>"
+    whole = len(run.rows) == 2 ** len(run.stacks)
+    of = "Every subset at once" if whole else "Each alone, all but each, the first and the last ones"
+    title = f"<h3>{of} <small>{len(run.rows)} plans, one batch, {cost}</small></h3>"
     return f'<div class="dl-panel">{title}{charts.subset_strip(run, plan, truth)}{markup.say("subsets", more)}</div>'
 
 
@@ -192,7 +194,9 @@ def effects(effect: norms.Effect) -> str:
 
 def shares(run: subsets.SubsetRun) -> str:
     """Which stack gave which part of the answer."""
-    title = f"<h3>Which stack gave which part? <small>shares of “{markup.escape(run.target[:40])}”</small></h3>"
+    drawn = "" if run.error is None else f", mean of {subsets.ORDERS} orders, ± up to {run.error.max():.2f} nats"
+    shown = markup.escape(run.target[:40])
+    title = f"<h3>Which stack gave which part? <small>shares of “{shown}”{drawn}</small></h3>"
     return f'<div class="dl-panel">{title}{charts.shapley_bars(run)}{markup.say("shapley")}</div>'
 
 

@@ -80,4 +80,4 @@ def subset_run(tokens: tuple[str, ...] = ("K", "7"), stacks: int = 2, said: str 
         label = subsets.subset_label(names, on)
         each = subsets.subsets_of(plan)[bits]
         rows.append(subsets.Subset(each, on, label, answer(said, each), bits > 0, float(scores[bits].sum())))
-    return subsets.SubsetRun(plan, names, tuple(rows), "K7", tokens, scores, subsets.shapley(scores), 0.1)
+    return subsets.SubsetRun(plan, names, tuple(rows), "K7", tokens, scores, subsets.shapley(scores), None, 0.1)

@@ -8,7 +8,6 @@ import pytest
 from analysis import subsets
 from model.errors import UserError
 from model.plan import Plan
-from model.plan import subsets as plan_subsets
 from model.types import Sampling
 from tests import tiny
 
@@ -55,9 +54,47 @@ def test_axioms():
 
 def test_subsets_of_a_plan_keep_the_base_and_the_gains():
     found = subsets.subsets_of(Plan.parse("base@0,0@1,2@3*0.5,2@5"))
-    assert [str(plan) for plan in found] == ["base@0", "base@0,0@1", "base@0,2@3*0.5,2@5", "base@0,0@1,2@3*0.5,2@5"]
-    with pytest.raises(UserError, match="7 stacks"):
-        subsets.subsets_of(Plan([(str(i), i, 1.0) for i in range(7)]))
+    plans = ["base@0", "base@0,0@1", "base@0,2@3*0.5,2@5", "base@0,0@1,2@3*0.5,2@5"]
+    assert {bits: str(plan) for bits, plan in found.items()} == dict(enumerate(plans))
+
+
+def test_of_many_stacks_the_telling_subsets_are_answered():
+    """None, all, each alone, without each, the first n, the last n; of six stacks all 64."""
+    assert subsets.bits_of(6) == list(range(64))
+    found = subsets.bits_of(7)
+    assert len(found) == 2 + 7 + 7 + 4 + 4 and found == sorted(set(found))
+    assert {0b0000000, 0b1111111, 0b0001000, 0b1110111, 0b0001111, 0b1110000} <= set(found)
+    assert 0b0101000 not in found
+
+
+def test_sampled_values_are_exact_where_nothing_interacts_and_near_where_it_does():
+    draw = np.random.default_rng(3)
+    orders = subsets.orders_of(8)
+    assert len(orders) == subsets.ORDERS and all(orders[n + 1] == orders[n][::-1] for n in range(0, len(orders), 2))
+    each = draw.normal(size=(8, 2))
+    on = (np.arange(256)[:, None] >> np.arange(8) & 1).astype(float)
+    phi, error = subsets.sampled_shapley(dict(enumerate(on @ each)), orders)
+    assert phi == pytest.approx(each) and error == pytest.approx(np.zeros((8, 2)))
+    pairs = on @ each + (on[:, :1] * on[:, 1:2]) * 3.0  # players 0 and 1 are worth 3 together, besides
+    phi, error = subsets.sampled_shapley(dict(enumerate(pairs)), orders)
+    assert phi == pytest.approx(subsets.shapley(pairs), abs=1e-9)  # an order and its reverse share a pair evenly
+    wild = draw.normal(size=(256, 2))
+    phi, error = subsets.sampled_shapley(dict(enumerate(wild)), orders)
+    assert phi.sum(0) == pytest.approx(wild[-1] - wild[0])
+    assert (np.abs(phi - subsets.shapley(wild)) < 5 * error).all() and error.min() > 0
+
+
+def test_a_run_with_nine_stacks():
+    """32 answers, values with their error, and every score that of a plan alone."""
+    nine = tiny.engine("nine")
+    prompt = nine.prompt(tiny.ask(tiny.image(5, (40, 40)), "Read the text."))
+    run = subsets.run(nine, prompt, sampling=SHORT, truth="AB")
+    assert (len(run.stacks), len(run.rows), run.shapley.shape) == (9, 32, (9, len(run.tokens)))
+    assert run.shapley.sum(0) == pytest.approx(run.scores[-1] - run.scores[0], abs=1e-5) and run.error.max() > 0
+    for row in (run.rows[0], run.rows[7], run.rows[-1]):
+        alone = sum(token.logprob for token in nine.score(prompt, row.plan, "AB"))
+        assert row.logprob == pytest.approx(alone, abs=1e-3)
+        assert row.answer.text == nine.answer(prompt, row.plan, SHORT).text
 
 
 @pytest.mark.parametrize(
@@ -85,7 +122,7 @@ def test_a_run_is_what_each_plan_gives_alone(kind):
     engine = tiny.engine(kind)
     prompt = engine.prompt(tiny.ask(tiny.image(5, (40, 40)), "Read the text."))
     run = subsets.run(engine, prompt, sampling=SHORT, truth="total")
-    assert {row.plan for row in run.rows} == set(plan_subsets(engine.layout))
+    assert {row.plan for row in run.rows} == set(subsets.subsets_of(engine.layout.default).values())
     assert run.rows[0].plan == engine.layout.default and run.rows[-1].label == "base only"
     for row in run.rows:
         assert row.answer.text == engine.answer(prompt, row.plan, SHORT).text

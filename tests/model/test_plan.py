@@ -1,4 +1,4 @@
-"""Plans: text form, JSON, editing, presets, subsets, and what is refused."""
+"""Plans: text form, JSON, editing, presets, and what is refused."""
 
 import pickle
 
@@ -7,7 +7,7 @@ import pytest
 
 from model.errors import UserError
 from model.layout import Layout, StackSource
-from model.plan import BASE, Plan, presets, subsets
+from model.plan import BASE, Plan, presets
 
 
 def layout(n_stacks=3, n_layers=8, start=1):
@@ -134,14 +134,6 @@ def test_presets_are_valid_and_differ():
         "as trained": "base@0",
         "none": "none",
     }
-
-
-def test_subsets_are_all_of_them_fullest_first():
-    plans = subsets(layout())
-    assert [str(plan) for plan in plans[:2]] == ["base@0,0@1,1@2,2@3", "base@0,0@1,1@2"]
-    assert str(plans[-1]) == "base@0"
-    assert len(plans) == len(set(plans)) == 8
-    assert subsets(layout(n_stacks=0)) == [Plan.parse("base@0")]
 
 
 def test_a_layout_knows_its_sources():
