@@ -34,11 +34,28 @@ def evaluate(
     n_wrong: int = 20,
     limits: Limits | None = None,
 ) -> dict:
-    """Asks every question of `records` (lines of answers.jsonl) and scores the answers. All values are plain JSON.
+    """Scores one plan (default: the model's own) on `records`: `evaluate_many`, of which it is the simplest case."""
+    plans = [engine.layout.default if plan is None else plan]
+    return evaluate_many(engine, records, plans, root, progress, sampling, n_wrong, limits)[0]
 
-    Questions of one image follow one another, so the vision tower runs once per image (the engine caches by content).
-    CER is errors over characters of the whole group. `progress(done, total)` is called after each question. UserError
-    for a record without the keys `image question answer kind glyph_px`, an image that cannot be opened, or no records.
+
+def evaluate_many(
+    engine,
+    records: Sequence[dict],
+    plans: Sequence[Plan],
+    root: Path | str = ".",
+    progress: Callable[[int, int], None] | None = None,
+    sampling: Sampling | None = None,
+    n_wrong: int = 20,
+    limits: Limits | None = None,
+) -> list[dict]:
+    """Asks every question of `records` (lines of answers.jsonl) under every plan and scores the answers, plan by plan.
+    All values are plain JSON.
+
+    Questions of one image follow one another, so the vision tower runs once per image (the engine caches by content);
+    all plans of a question are one batch, `seconds` is each plan's even share of the whole. CER is errors over
+    characters of the whole group. `progress(done, total)` is called after each question. UserError for a record without
+    the keys `image question answer kind glyph_px`, an image that cannot be opened, or no records.
     """
     if not len(records):
         raise UserError("There are no questions to score: answers.jsonl is empty.")
@@ -46,36 +63,43 @@ def evaluate(
         missing = [key for key in KEYS if key not in record]
         if missing:
             raise UserError(f"Question {number} has no {', '.join(missing)}; each line needs {', '.join(KEYS)}.")
-    plan = engine.layout.default if plan is None else plan.validate(engine.layout)
+    plans = [plan.validate(engine.layout) for plan in plans]
     sampling = sampling or Sampling()
     start = time.perf_counter()
-    results: list[dict] = [{}] * len(records)
+    results: list[list[dict]] = [[{}] * len(records) for _ in plans]
     order = sorted(range(len(records)), key=lambda i: (str(records[i]["image"]), i))
     done = 0
     for path, group in groupby(order, key=lambda i: str(records[i]["image"])):
         image = open_image(Path(root) / path, limits or Limits())
         for i in group:
             content = [{"type": "image", "image": image}, {"type": "text", "text": str(records[i]["question"])}]
-            answer = engine.answer(engine.prompt([{"role": "user", "content": content}]), plan, sampling)
-            results[i] = _result(records[i], answer.text)
+            answers = engine.answer_many(engine.prompt([{"role": "user", "content": content}]), plans, sampling)
+            for found, answer in zip(results, answers, strict=True):
+                found[i] = _result(records[i], answer.text)
             done += 1
             if progress is not None:
                 progress(done, len(records))
-    seconds = time.perf_counter() - start
+    shared = {
+        "images": len({str(record["image"]) for record in records}),
+        "seconds": (time.perf_counter() - start) / max(1, len(plans)),
+        "device": str(engine.device),
+    }
+    return [
+        {"model": engine.name, "plan": str(plan), **_summary(found, n_wrong), **shared}
+        for plan, found in zip(plans, results, strict=True)
+    ]
+
+
+def _summary(results: list[dict], n_wrong: int) -> dict:
+    """Scores of one plan's results, in all and by kind and height, and the first wrong ones."""
     wrong = [result for result in results if not result["exact"]]
+    sized = [result for result in results if result["glyph_px"] is not None]
     return {
-        "model": engine.name,
-        "plan": str(plan),
         **score(results),
         "by_kind": _by(results, "kind"),
-        "by_glyph_px": _by([result for result in results if result["glyph_px"] is not None], "glyph_px"),
-        "fine_by_glyph_px": _by(
-            [result for result in results if result["kind"] == "fine" and result["glyph_px"] is not None], "glyph_px"
-        ),
+        "by_glyph_px": _by(sized, "glyph_px"),
+        "fine_by_glyph_px": _by([result for result in sized if result["kind"] == "fine"], "glyph_px"),
         "wrong": [{key: result[key] for key in (*KEYS, "said", "cer")} for result in wrong[:n_wrong]],
-        "images": len({str(record["image"]) for record in records}),
-        "seconds": seconds,
-        "device": str(engine.device),
     }
 
 

@@ -39,6 +39,7 @@ from analysis.palette import (
     theme,
 )
 from analysis.subsets import SubsetRun
+from analysis.sweep import Sweep
 
 WIDTH = 6.4  # inches
 DPI = 160
@@ -404,6 +405,27 @@ def acuity_curves(curves: Mapping[str, Acuity], dark: bool = False) -> Figure:
             ends.append((label, float(100 * curve.exact[-1]), hue))
     _value_axis(ax, "exact match, %", 0, 104, False)
     ax.set_xlabel("glyph height in the high-resolution view, px")
+    _end_labels(ax, ends, dark)
+    return fig
+
+
+def sweep_curve(swept: Sweep, dark: bool = False) -> Figure:
+    """Exact match by the value of a sweep, one line per kind of question with 95 % intervals; a ring marks the plan
+    that the model was trained with."""
+    fig, ax, _ = _figure(f"Exact answers, % by {swept.title}", dark)
+    ends = []
+    kinds = dict.fromkeys(kind for point in swept.points for kind in point.exact)
+    for i, kind in enumerate(kinds):
+        hue = colour(str(i), dark)
+        points = [point for point in swept.points if kind in point.exact]
+        x = np.array([point.value for point in points])
+        y, low, high = (100 * np.array([point.exact[kind][end] for point in points]) for end in range(3))
+        ax.errorbar(x, y, yerr=np.maximum([y - low, high - y], 0), color=hue, marker="os"[i % 2], lw=2, capsize=3)
+        trained = [n for n, point in enumerate(points) if point.state == "trained"]
+        ax.scatter(x[trained], y[trained], s=140, facecolors="none", edgecolors=hue, linewidths=1.5)
+        ends.append((kind, float(y[-1]), hue))
+    _value_axis(ax, "exact match, %", 0, 104, False)
+    ax.set_xlabel(f"{swept.unit} (ring: as trained, all others are ablated)")
     _end_labels(ax, ends, dark)
     return fig
 

@@ -19,6 +19,7 @@ from analysis.evaluate import Acuity
 from analysis.grids import GridMap
 from analysis.norms import Effect, LayerNorms
 from analysis.subsets import SubsetRun
+from analysis.sweep import Sweep
 from model.types import Answer
 
 
@@ -122,6 +123,17 @@ def shapley(run: SubsetRun) -> Table:
     """One row per token of the target: the stacks' values in nats, and the two scores they lie between."""
     columns = ["token", *(f"shapley_{stack}" for stack in run.stacks), "logprob_stacks_off", "logprob_stacks_on"]
     rows = [[text, *run.shapley[:, i], run.scores[0, i], run.scores[-1, i]] for i, text in enumerate(run.tokens)]
+    return _table(columns, rows)
+
+
+def sweep(swept: Sweep) -> Table:
+    """One row per plan and kind of question: exact match and the ends of its 95 % interval."""
+    columns = [swept.axis, "plan", "state", "kind", "n", "exact_match", "low", "high", "cer"]
+    rows = [
+        [p.value, str(p.plan), p.state, kind, scores["n"], *p.exact[kind], scores["cer"]]
+        for p in swept.points
+        for kind, scores in p.result["by_kind"].items()
+    ]
     return _table(columns, rows)
 
 

@@ -148,6 +148,24 @@ def _eval_arguments(parser: Parser) -> None:
     add_limits(parser)
 
 
+def _sweep_arguments(parser: Parser) -> None:
+    from analysis.sweep import AXES
+
+    words = "; ".join(f"{name}: {axis.words}" for name, axis in AXES.items())
+    parser.add_argument(
+        "--over", action="append", required=True, choices=tuple(AXES), metavar="AXIS",
+        help=f"what is changed; may be given several times. {words}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scenes", required=True, metavar="DIR", help="a folder with answers.jsonl, as `scenes` writes it"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    parser.add_argument("--out", metavar="DIR", help="write curves (PNG, SVG), tables (CSV) and sweep.json there")
+    _model(parser)
+    _json(parser)
+    add_limits(parser)
+
+
 def _scenes_arguments(parser: Parser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="where the images and answers.jsonl go")
     parser.add_argument("--n", type=int, required=True, metavar="N", help="how many scenes")
@@ -215,6 +233,7 @@ COMMANDS = {
     "bench": Command("speed and memory beside plain transformers", _check_arguments, "app.bench:run"),
     "scenes": Command("rendered scenes with exact answers", _scenes_arguments, "app.commands:scenes"),
     "eval": Command("exact match and error rate of a model on scenes", _eval_arguments, "app.commands:evaluate"),
+    "sweep": Command("many plans on many images: score by start, gain …", _sweep_arguments, "app.sweep:run"),
     "train": Command("makes an embedded checkpoint again from nothing", _train_arguments, "app.commands:train"),
 }
 

@@ -304,9 +304,8 @@ def _compare_scenes(options: argparse.Namespace, limits: Limits, sampling: Sampl
     results, labels = [], []
     columns = _columns(options)
     for engine, plans in columns:
-        for plan in plans:
-            labels.append(f"{engine.name} {plan}")
-            results.append(_score(engine, records, plan, folder, limits, sampling, n_wrong=len(records)))
+        labels += [f"{engine.name} {plan}" for plan in plans]
+        results += score(engine, records, plans, folder, limits, sampling, n_wrong=len(records))
     for engine, _ in columns:
         introduce(engine)
     wrong = [{(item["image"], item["question"]): item["said"] for item in result["wrong"]} for result in results]
@@ -340,7 +339,7 @@ def evaluate(options: argparse.Namespace) -> Outcome:
     check_plan_text(options.plan)
     engine = load_from(options.model, options)
     plan = plan_from(options.plan, engine)
-    result = _score(engine, records, plan, folder, limits, Sampling())
+    (result,) = score(engine, records, [plan], folder, limits, Sampling())
     introduce(engine)
     heads = ["", "n", "exact match", "CER"]
     rows = [["all", result["n"], result["exact_match"], result["cer"]]]
@@ -373,10 +372,12 @@ def read_scenes(folder: str, limit: int | None) -> tuple[Path, list[dict]]:
     return path, records[:limit]
 
 
-def _score(engine, records, plan, folder, limits, sampling, n_wrong: int = 20) -> dict:
-    progress = ProgressLine(f"{engine.name} {plan}: question")
+def score(engine, records, plans, folder, limits, sampling, n_wrong: int = 20) -> list[dict]:
+    """`evaluate_many` with a progress line."""
+    said = plans[0] if len(plans) == 1 else f"{len(plans)} plans"
+    progress = ProgressLine(f"{engine.name} {said}: question")
     try:
-        return scoring.evaluate(engine, records, plan, folder, progress.count, sampling, n_wrong, limits)
+        return scoring.evaluate_many(engine, records, plans, folder, progress.count, sampling, n_wrong, limits)
     finally:
         progress.clear()
 

@@ -9,11 +9,14 @@ import math
 import sys
 import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from model.errors import UserError
 
 WIDEST = 72  # characters of one cell of a table; what is longer is in --json
 
@@ -30,6 +33,18 @@ class Outcome:
 def printable(text: str) -> str:
     """The text without control characters but tab and newline: a picture can make a model write terminal commands."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
+
+
+def write_files(folder: Path | str, files: Mapping[str, bytes]) -> list[Path]:
+    """Write files by name into a folder, which is made; returns their paths. UserError where it cannot be written."""
+    folder = Path(folder).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}.") from error
+    return [folder / name for name in files]
 
 
 def log(text: str) -> None:

@@ -15,9 +15,8 @@ from matplotlib.figure import Figure
 from analysis import attention, norms, tables
 from analysis import figures_mpl as draw
 from analysis.palette import source_name
-from app.output import plain, table
+from app.output import plain, table, write_files
 from model.engine import Engine
-from model.errors import UserError
 from model.plan import Plan
 from model.probe import Probe
 from model.prompt import Prompt
@@ -114,11 +113,4 @@ def write(seen: Seen, folder: Path) -> list[Path]:
     files |= {f"{name}.csv": found.csv().encode() for name, found in rows.items()}
     for name, figure in figures(seen).items():
         files |= {f"{name}.png": draw.png(figure), f"{name}.svg": draw.svg(figure)}
-    try:
-        folder = folder.expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            (folder / name).write_bytes(data)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}.") from error
-    return [folder / name for name in files]
+    return write_files(folder, files)

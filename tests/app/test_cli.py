@@ -361,6 +361,20 @@ def test_compare_on_scenes(found, said, hires, scenes):
     assert code == 0 and "some column got wrong" in out
 
 
+def test_sweep_scores_every_plan_of_its_axes(found, said, hires, scenes, tmp_path):
+    words = ["sweep", "--scenes", scenes, "--limit", "2", "--model", hires]
+    data = found(*words, "--over", "start", "--over", "count", "--out", str(tmp_path / "s"))
+    start, count = data["sweeps"]
+    assert [point["value"] for point in start["points"]] == [0, 1, 2] and len(count["points"]) == 5
+    assert [point["state"] for point in start["points"]] == ["ablated", "trained", "ablated"]
+    assert start["points"][1]["plan"] == count["points"][4]["plan"] and start["points"][1]["n"] == 2
+    assert start["points"][1]["by_kind"] == count["points"][4]["by_kind"], "one plan, asked once"
+    files = {f"{axis}.{end}" for axis in ("start", "count") for end in ("csv", "png", "svg")}
+    assert {path.name for path in (tmp_path / "s").iterdir()} == {*files, "sweep.json"}
+    code, out, _ = said(*words, "--over", "alone")
+    assert code == 0 and "each stack alone" in out and "ablated" in out and "what the trained weights bear" in out
+
+
 # ---- scenes and eval
 
 
