@@ -103,7 +103,7 @@ def measure(engine: Engine) -> dict[str, float]:
 
     def unseen(work: Callable) -> Callable:
         def run() -> None:
-            engine.cache.clear()
+            engine.forget()
             work()
 
         return run

@@ -71,13 +71,13 @@ def diagnose(engine: Engine) -> list[Check]:
         [{"role": "user", "content": [{"type": "image", "image": sign()}, {"type": "text", "text": QUESTION}]}]
     )
     plan = engine.layout.default
-    engine.cache.clear()
+    engine.forget()
     sampling = Sampling(max_new_tokens=8)
     if len(engine.answer(prompt, plan, sampling).tokens) < 2:  # it ends at once: other words show decoding as well
         sampling = Sampling(max_new_tokens=8, temperature=100.0)
     with watch(engine) as seen:
         answer = engine.answer(prompt, plan, sampling)
-    engine.cache.clear()
+    engine.forget()
     checks = [
         Check("device and number format", True, "; ".join(engine.reasons) or f"{engine.device}, {engine.dtype}"),
         Check(

@@ -11,7 +11,7 @@ import hashlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +27,7 @@ from model.errors import UserError
 from model.families import Family
 from model.instrument import EffectRecorder, Injection, Pass, Recorder, TraceRecorder, active, install
 from model.plan import Plan
+from model.prefix import PrefixCache
 from model.probe import Probe
 from model.prompt import CUT, Prompt, guard, guarded_messages
 from model.trace import Trace
@@ -87,7 +88,20 @@ def _bytes(features: dict[str, Tensor]) -> int:
 class Engine:
     """A loaded model that answers under plans and can be looked into. Thread-safe: one lock around the device."""
 
-    def __init__(self, family: Family, *, name: str, reasons: Sequence[str] = (), cache_bytes: int = 512 * 2**20):
+    def __init__(
+        self,
+        family: Family,
+        *,
+        name: str,
+        reasons: Sequence[str] = (),
+        cache_bytes: int = 512 * 2**20,
+        prefix_bytes: int = 1024 * 2**20,
+        shortest_prefix: int = 256,
+    ):
+        """cache_bytes: of image features held; prefix_bytes: of key-value caches held.
+
+        Beginnings of `shortest_prefix` tokens and more are taken up; shorter ones are computed again, to the same bits.
+        """
         self.adapter = family
         self.name = name
         self.reasons = tuple(reasons)
@@ -102,6 +116,8 @@ class Engine:
         self.dtype = family.embed.weight.dtype
         self.max_tokens: int = family.decoder.config.max_position_embeddings
         self.cache = FeatureCache(cache_bytes)
+        self.prefixes = PrefixCache(prefix_bytes)
+        self.shortest_prefix = shortest_prefix
         self.hooks = install(family.decoder)
         self._end = family.end_tokens()
         self._special = family.special_tokens()
@@ -113,9 +129,14 @@ class Engine:
 
     @property
     def memory_bytes(self) -> int:
-        """Weights and buffers, plus the features held in the cache."""
+        """Weights and buffers, plus the features and the key-value caches held."""
         tensors = {t.data_ptr(): t for t in [*self.model.parameters(), *self.model.buffers()]}
-        return sum(t.element_size() * t.nelement() for t in tensors.values()) + self.cache.bytes
+        return sum(t.element_size() * t.nelement() for t in tensors.values()) + self.cache.bytes + self.prefixes.bytes
+
+    def forget(self) -> None:
+        """Lets go of all features and key-value caches: what comes next is computed anew."""
+        self.cache.clear()
+        self.prefixes.clear()
 
     # Prompts and images
 
@@ -398,8 +419,12 @@ class Engine:
         features: Tensor | None = None,
         recorder: Recorder | None = None,
         cache: DynamicCache | None = None,
+        begin: int = 0,
     ) -> Tensor:
-        """One pass over prompt + answer_ids with injection: normed hidden states [B, T, d]. Call under the lock."""
+        """One pass over prompt + answer_ids with injection: normed hidden states [B, T - begin, d].
+
+        The `begin` first positions are in `cache` already, under the same plans. Call under the lock.
+        """
         if features is None:
             seen = {**self.see(prompt).features, **self._taps(prompt, plans)}
             batch = len(plans)
@@ -418,12 +443,12 @@ class Engine:
                 )
             more = prompt.extra["next_position"] + torch.arange(len(answer_ids))
             positions = torch.cat([positions, more.expand(*positions.shape[:-1], -1)], dim=-1)
-        current = self._pass(prompt, plans, seen, recorder)
-        embeddings = self._embeddings(ids.to(self.device), current.positions).expand(batch, -1, -1)
+        current = self._pass(prompt, plans, seen, recorder).after(begin)
+        embeddings = self._embeddings(ids[:, begin:].to(self.device), current.positions).expand(batch, -1, -1)
         with active(current):
             return self.adapter.decoder(
                 inputs_embeds=embeddings,
-                position_ids=positions.to(self.device),
+                position_ids=positions[..., begin:].to(self.device),
                 past_key_values=cache,
                 use_cache=cache is not None,
             ).last_hidden_state
@@ -545,7 +570,7 @@ class Generation:
             self._cache.batch_select_indices(torch.tensor(keep, device=engine.device))
         self._live = [self._live[at] for at in keep]
         if self.done:
-            self._cache = None
+            self._let_go()
         return made
 
     def end(self, why: str) -> None:
@@ -554,7 +579,24 @@ class Generation:
             self.rows[i].stopped = why
             self.rows[i].seconds = time.perf_counter() - self._start
         self._live = []
-        self._cache = None
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Hands the cache of a single answer on to later requests."""
+        cache, self._cache = self._cache, None
+        engine, (first, *others) = self.engine, self.rows
+        if cache is None or others or cache.get_seq_length() < engine.shortest_prefix:
+            return
+        engine.prefixes.keep(cache, [*self._marks(), *(token.id for token in first.tokens)], first.plan)
+
+    def _marks(self) -> list[Hashable]:
+        """What stands at each position of the prompt: a token's id, or the image and the row of it."""
+        marks: list[Hashable] = self.prompt.input_ids[0].tolist()
+        for grid in self.prompt.grids:
+            key = self.prompt.extra["image_keys"][grid.index]
+            for row, position in enumerate(grid.positions.tolist()):
+                marks[position] = (key, grid.name, row)
+        return marks
 
     def answers(self) -> list[Answer]:
         """One per plan, as far as they got."""
@@ -582,8 +624,10 @@ class Generation:
         """Logits [K, V] after the prompt; all injection happens here."""
         engine = self.engine
         self._sight = engine.see(self.prompt)
+        plans = [row.plan for row in self.rows]
         self._cache = DynamicCache(config=engine.adapter.decoder.config)
-        hidden = engine._run(self.prompt, [row.plan for row in self.rows], (), cache=self._cache)
+        begin = engine.prefixes.take_up(self._cache, self._marks(), plans, engine.shortest_prefix)
+        hidden = engine._run(self.prompt, plans, (), cache=self._cache, begin=begin)
         return engine._logits(hidden[:, -1])
 
     def _decode(self) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -58,6 +58,17 @@ class Pass:
     injections: dict[int, list[Injection]]
     positions: Tensor | None  # int64 [N], device of the model
     recorder: Recorder | None = None
+
+    def after(self, begin: int) -> Pass:
+        """The same pass over the positions from `begin` on."""
+        if not begin or self.positions is None:
+            return self
+        kept = self.positions >= begin
+        injections = {
+            layer: [entry._replace(rows=entry.rows[..., kept, :]) for entry in entries]
+            for layer, entries in self.injections.items()
+        }
+        return replace(self, injections=injections, positions=self.positions[kept] - begin)
 
     def before_layer(self, layer: int, hidden: Tensor) -> Tensor:
         """The layer's input with this pass's injections added; the tensor itself where there are none."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from model.engine import Engine, FeatureCache
 from model.errors import UserError
+from model.prefix import PrefixCache
 from model.prompt import Prompt
 
 Seen = Callable[[int, Tensor], None]  # (layer, hidden states [B, T, d])
@@ -55,12 +56,13 @@ def layers_seen(decoder: nn.Module, before: Seen, after: Seen) -> Iterator[None]
 
 @contextmanager
 def uncached(engine: Engine) -> Iterator[None]:
-    """The vision tower runs whenever it is asked, and what it makes meanwhile is not kept."""
+    """The vision tower runs whenever it is asked, every prompt is read whole, and nothing made meanwhile is kept."""
     cache, engine.cache = engine.cache, FeatureCache(0)
+    prefixes, engine.prefixes = engine.prefixes, PrefixCache(0)
     try:
         yield
     finally:
-        engine.cache = cache
+        engine.cache, engine.prefixes = cache, prefixes
 
 
 @contextmanager
