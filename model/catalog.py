@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, Qwen3VLConfig
+from transformers import AutoConfig, PreTrainedConfig, Qwen3VLConfig
 
 from model.families import detect, families
 from model.layout import Layout
@@ -75,7 +75,7 @@ def _describe(name: str, config: PreTrainedConfig, parameters: int, here: bool) 
 def _count(config: PreTrainedConfig) -> int:
     """Parameters of a config's model, shared ones once; built on the meta device, which takes no memory."""
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
+        model = detect(config).unfilled(config)
     model.tie_weights()
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -114,10 +114,40 @@ def _qwen3_vl(vision: tuple, taps: list[int], text: tuple, tied: bool):
     return config
 
 
+def _deepstack_llama(hd: bool):
+    """A maker of the released config of DeepStack-L on Vicuna 7B, or of its HD form, with LLaVA-1.5's keys."""
+
+    def config() -> PreTrainedConfig:
+        config = PreTrainedConfig(
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=32,
+            max_position_embeddings=4096,
+            rms_norm_eps=1e-5,
+            vocab_size=32000,
+            tie_word_embeddings=False,
+            image_aspect_ratio="deepstack",
+            mm_hidden_size=1024,
+            mm_projector_type="mlp2x_gelu",
+            mm_vision_select_layer=-2,
+            mm_vision_tower="openai/clip-vit-large-patch14-336",
+            num_crops=4,
+            is_anyres_deepstack=hd,
+        )
+        config.model_type = "deepstack_llama"
+        return config
+
+    return config
+
+
 SMALL_TOWER, LARGE_TOWER = (24, 1024, 4096), (27, 1152, 4304)
 RELEASED = {  # from the config.json of each checkpoint
     "Qwen/Qwen3-VL-2B-Instruct": _qwen3_vl(SMALL_TOWER, [5, 11, 17], (28, 2048, 16, 6144), True),
     "Qwen/Qwen3-VL-4B-Instruct": _qwen3_vl(SMALL_TOWER, [5, 11, 17], (36, 2560, 32, 9728), True),
+    "menglc/deepstack-l-vicuna-7b": _deepstack_llama(hd=False),
+    "menglc/deepstack-l-hd-vicuna-7b": _deepstack_llama(hd=True),
     "Qwen/Qwen3-VL-8B-Instruct": _qwen3_vl(LARGE_TOWER, [8, 16, 24], (36, 4096, 32, 12288), False),
     "Qwen/Qwen3-VL-32B-Instruct": _qwen3_vl(LARGE_TOWER, [8, 16, 24], (64, 5120, 64, 25600), False),
 }

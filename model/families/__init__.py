@@ -16,7 +16,13 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils import cached_file
 
@@ -39,6 +45,9 @@ class Family(ABC):
     needs: str  # one sentence: what such a checkpoint must have
     fold_case = False  # True when the chat template changes the case of user text
     mixes_images = False  # True when an image beside others is encoded otherwise than alone
+    own_type = False  # True when transformers has no class for its model_type and the family reads config.json itself
+    lacks: tuple[str, ...] = ()  # of loading.NEEDED: what such a checkpoint comes without
+    borrowed = 0  # parameters of the loaded model that are not in the checkpoint's own files
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -74,16 +83,26 @@ class Family(ABC):
         from model.engine import Engine
 
         source = str(source)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub)
+        tokenizer = cls.read_tokenizer(source, hub)
         processor, model = cls.parts(source, load_kwargs(device, dtype, hub), hub)
         return Engine(
             cls(model, tokenizer, processor, chat_template(source, hub)), name=name or source, reasons=reasons
         )
 
     @classmethod
+    def read_tokenizer(cls, source: str, hub: dict[str, Any]) -> PreTrainedTokenizerBase:
+        """The tokenizer of a folder or hub id."""
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub)
+
+    @classmethod
     @abstractmethod
     def parts(cls, source: str, options: dict[str, Any], hub: dict[str, Any]) -> tuple[Any, PreTrainedModel]:
         """The image processor and the model. `options`: for the model's from_pretrained, `hub` among them."""
+
+    @classmethod
+    def unfilled(cls, config: PreTrainedConfig) -> PreTrainedModel:
+        """The model of a config with whatever weights; on torch's meta device it takes no memory."""
+        return AutoModelForImageTextToText.from_config(config)
 
     @staticmethod
     @abstractmethod
@@ -196,6 +215,7 @@ def families() -> tuple[type[Family], ...]:
     """All families, in the order in which they are asked: those with stacks, then the single injections."""
     from model.families.cohere_compass import CohereCompass
     from model.families.cosmos3_omni import Cosmos3Omni
+    from model.families.deepstack_llama import DeepStackLlama
     from model.families.deepstack_llava import DeepStackLlava
     from model.families.granite4_vision import Granite4Vision
     from model.families.granite_docling import GraniteDocling
@@ -210,14 +230,14 @@ def families() -> tuple[type[Family], ...]:
     from model.families.qwen3_vl_moe import Qwen3VLMoe
 
     stacks = (Qwen3VL, Qwen3VLMoe, Qwen3OmniMoe, Cosmos3Omni, CohereCompass, Granite4Vision, GraniteDocling)
-    return (*stacks, DeepStackLlava, Qwen2VL, Qwen25VL, Qwen35, Llava, LlavaNext, LlavaOnevision)
+    return (*stacks, DeepStackLlama, DeepStackLlava, Qwen2VL, Qwen25VL, Qwen35, Llava, LlavaNext, LlavaOnevision)
 
 
 def detect(config: PreTrainedConfig) -> type[Family]:
     """The family of a checkpoint's config; UserError with the list of supported ones otherwise."""
     for family in families():
         if family.matches(config):
-            if config.model_type not in CONFIG_MAPPING_NAMES:
+            if not family.own_type and config.model_type not in CONFIG_MAPPING_NAMES:
                 raise UserError(
                     f"Cannot use this model: the installed transformers {transformers.__version__} does not have the "
                     f"type “{config.model_type}” ({family.title}). Install a newer one: pip install -U transformers."

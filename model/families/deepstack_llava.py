@@ -1,8 +1,9 @@
 """DeepStack-L on a LLaVA-shaped model: a global view, and a high-resolution view dilated into stacks.
 
 CLIP tower, two-layer projector, Llama decoder (`LlavaForConditionalGeneration`), plus one config entry "deepstack":
-{"merge": "stack" | "none" | "concat", "num_crops": 4, "sampling": "2d", "start": 1, "interval": 1}.
+{"merge": "stack" | "none" | "concat", "num_crops": 4, "sampling": "2d" | "1d" | "grid", "start": 1, "interval": 1}.
 merge "none" sees the global view only; "concat" merges both views once, on the feature axis before the projector.
+The paper's own checkpoints are read into this shape by deepstack_llama.py.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ TRAINED = {
     "none": "trained single injection",
     "concat": "trained with one merge (dimension concatenation)",
 }
+SAMPLINGS = ("2d", "1d", "grid")  # how the high-resolution view is cut into sets, see `sample`
 NOTES = {
     "stack": "A global view enters at the input, a dilated high-resolution view layer by layer.",
     "none": "Sees the global view only; it enters once, at the input.",
@@ -54,7 +56,7 @@ class DeepStackLlava(Family):
         self.chat_template = chat_template
         self.decoder = model.model.language_model
         self.settings = settings_of(model.config)
-        self.layout, self.warnings = layout_of(model.config)
+        self.layout, self.warnings = self.layout_of(model.config)
         self.trained = TRAINED[self.settings["merge"]]
         self.note = NOTES[self.settings["merge"]]
         vision = model.config.vision_config
@@ -127,8 +129,9 @@ class DeepStackLlava(Family):
         seen = self._features(self._pixels(tiles(high, self.tile)))
         n_sets = self.settings["num_crops"]
         if self.settings["merge"] == "concat":
-            return {BASE: project(torch.cat([low, *dilate(mosaic(seen, grid), grid, n_sets)], dim=-1))}
-        stacks = dilate(mosaic(project(seen), grid), grid, n_sets)
+            sets = sample(mosaic(seen, grid), grid, n_sets, self.settings["sampling"])
+            return {BASE: project(torch.cat([low, *sets], dim=-1))}
+        stacks = sample(mosaic(project(seen), grid), grid, n_sets, self.settings["sampling"])
         return {BASE: project(low), **{str(k): rows for k, rows in enumerate(stacks)}}
 
     def views(self, image: Image.Image) -> tuple[View, ...]:
@@ -136,10 +139,10 @@ class DeepStackLlava(Family):
         low = View("global view", self.low_resolution(image), self.grid(image))
         if self.settings["merge"] == "none":
             return (low,)
-        high, (rows, columns) = self.high_resolution(image)
-        shape = (rows * self.side, columns * self.side)
-        owners = tuple(tuple(str((y % rows) * columns + x % columns) for x in range(shape[1])) for y in range(shape[0]))
-        return low, View("high-resolution view", high, shape, owners if self.settings["merge"] == "stack" else None)
+        high, grid = self.high_resolution(image)
+        shape = (grid[0] * self.side, grid[1] * self.side)
+        owners = owners_of(shape, grid, self.settings["sampling"]) if self.settings["merge"] == "stack" else None
+        return low, View("high-resolution view", high, shape, owners)
 
     def plain_inputs(self, prompt: Prompt) -> tuple[dict[str, Tensor], Plan] | None:
         if self.settings["merge"] == "concat":
@@ -154,15 +157,18 @@ class DeepStackLlava(Family):
 
 def best_grid(size: tuple[int, int], tile: int, num_crops: int) -> tuple[int, int]:
     """The paper's choice of tiles (rows, columns) for an image of `size` (width, height): 2 to num_crops."""
-    candidates = [
-        (rows, columns)
+    height, width = select_best_resolution((size[1], size[0]), view_sizes(tile, num_crops))
+    return height // tile, width // tile
+
+
+def view_sizes(tile: int, num_crops: int) -> list[tuple[int, int]]:
+    """The sizes (height, width) in pixels that a high-resolution view can have: 2 to num_crops tiles."""
+    return [
+        (rows * tile, columns * tile)
         for columns in range(1, num_crops + 1)
         for rows in range(1, num_crops // columns + 1)
         if (rows, columns) != (1, 1)
     ]
-    sizes = [(rows * tile, columns * tile) for rows, columns in candidates]
-    height, width = select_best_resolution((size[1], size[0]), sizes)
-    return height // tile, width // tile
 
 
 def tiles(image: Image.Image, tile: int) -> list[Image.Image]:
@@ -181,14 +187,29 @@ def mosaic(features: Tensor, grid: tuple[int, int]) -> Tensor:
     return features.reshape(rows, columns, n, n, d).transpose(1, 2).reshape(rows * n, columns * n, d)
 
 
-def dilate(features: Tensor, grid: tuple[int, int], n_sets: int) -> list[Tensor]:
-    """2d sampling: a map [rows*n, columns*n, d] -> n_sets sets [n*n, d], set (i, j) = features[i::rows, j::columns].
+def sample(features: Tensor, grid: tuple[int, int], n_sets: int, sampling: str = "2d") -> list[Tensor]:
+    """A map [rows*n, columns*n, d] -> n_sets sets [n*n, d]; those beyond rows*columns are zero and change nothing.
 
-    Sets beyond rows*columns are zero: adding them changes nothing.
+    "2d": set (i, j) = features[i::rows, j::columns], so that its tokens lie on the global view's. "1d", as the paper's
+    code does it: every (rows*columns)-th token of the flattened map. "grid": one tile each.
     """
     rows, columns = grid
-    sets = [features[i::rows, j::columns].flatten(0, 1) for i in range(rows) for j in range(columns)]
+    if sampling == "2d":
+        sets = [features[i::rows, j::columns].flatten(0, 1) for i in range(rows) for j in range(columns)]
+    elif sampling == "1d":
+        sets = [features.flatten(0, 1)[k :: rows * columns] for k in range(rows * columns)]
+    else:
+        sets = [tile.flatten(0, 1) for row in features.chunk(rows) for tile in row.chunk(columns, dim=1)]
     return sets + [torch.zeros_like(sets[0])] * (n_sets - len(sets))
+
+
+def owners_of(shape: tuple[int, int], grid: tuple[int, int], sampling: str) -> tuple[tuple[str, ...], ...]:
+    """The stack that each token of a map of this shape goes into, by rows."""
+    cells = torch.arange(shape[0] * shape[1]).reshape(*shape, 1)
+    owners = torch.empty(shape[0] * shape[1], dtype=torch.long)
+    for k, taken in enumerate(sample(cells, grid, grid[0] * grid[1], sampling)):
+        owners[taken.flatten()] = k
+    return tuple(tuple(map(str, row)) for row in owners.reshape(shape).tolist())
 
 
 def settings_of(config: PreTrainedConfig) -> dict:
@@ -196,24 +217,31 @@ def settings_of(config: PreTrainedConfig) -> dict:
     settings = {**DEFAULTS, **config.deepstack}
     if settings["merge"] not in TRAINED:
         raise UserError(f"deepstack.merge is {settings['merge']!r}; it must be one of {', '.join(TRAINED)}.")
-    if settings["sampling"] != "2d":
-        raise UserError(f"deepstack.sampling is {settings['sampling']!r}; only 2d is supported.")
+    if settings["sampling"] not in SAMPLINGS:
+        raise UserError(f"deepstack.sampling is {settings['sampling']!r}; it must be one of {', '.join(SAMPLINGS)}.")
     if settings["num_crops"] < 2 or settings["interval"] < 1 or settings["start"] < 0:
         raise UserError(f"deepstack needs num_crops ≥ 2, interval ≥ 1 and start ≥ 0, not {config.deepstack}.")
     return settings
 
 
-def _label(k: int, num_crops: int) -> str:
+def _label(k: int, num_crops: int, sampling: str) -> str:
     """Where set k lies in the high-resolution view of a square image."""
+    if sampling != "2d":
+        return f"tile {k}" if sampling == "grid" else f"sample {k} · tokens {k}::{num_crops}"
     side = round(num_crops**0.5)
     if side * side != num_crops:
         return f"sample {k} of the high-resolution view"
     return f"sample {k} · rows {k // side}::{side}, cols {k % side}::{side}"
 
 
-def layout_of(config: PreTrainedConfig) -> tuple[Layout, tuple[str, ...]]:
-    """The layout a config gives, and warnings in words about stacks that its start and interval put nowhere."""
-    settings = settings_of(config)
+def layout_of(
+    config: PreTrainedConfig, family: str = DeepStackLlava.name, **other: object
+) -> tuple[Layout, tuple[str, ...]]:
+    """The layout a config gives, and warnings in words about stacks that its start and interval put nowhere.
+
+    family: whose layout it is; other: settings that hold in place of the config's.
+    """
+    settings = settings_of(config) | other
     layers = config.text_config.num_hidden_layers
     start, interval = settings["start"], settings["interval"]
     sources = [StackSource(BASE, "global view", None, 0, "put in place of the image tokens' embeddings")]
@@ -224,7 +252,9 @@ def layout_of(config: PreTrainedConfig) -> tuple[Layout, tuple[str, ...]]:
             layer = start + k * interval
             home = min(layer, layers - 1)
             words = f"added before LLM layer {layer} (start {start}, interval {interval})"
-            sources.append(StackSource(str(k), _label(k, settings["num_crops"]), None, home, words))
+            sources.append(
+                StackSource(str(k), _label(k, settings["num_crops"], settings["sampling"]), None, home, words)
+            )
             if layer < layers:
                 entries.append((str(k), layer, 1.0))
             else:
@@ -233,7 +263,7 @@ def layout_of(config: PreTrainedConfig) -> tuple[Layout, tuple[str, ...]]:
     if settings["merge"] != "stack":
         convention = "This model has no stacks: the image enters once, before LLM layer 0."
     layout = Layout(
-        family=DeepStackLlava.name,
+        family=family,
         sources=tuple(sources),
         n_layers=layers,
         n_vision_layers=config.vision_config.num_hidden_layers,

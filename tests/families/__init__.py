@@ -39,6 +39,7 @@ class Entry:
     inputs: Callable[[Path, list[dict]], dict[str, Tensor]]  # a conversation as the released processor gives it
     default: str  # the default plan
     pad_token: str  # of the tokenizer, for a left-padded batch
+    files: tuple[str, ...] = ("config.json", "tokenizer.json", "preprocessor_config.json")  # of a released folder
     # Switches the stacks of a plain model off by the family's own means, and the plan that is; None without stacks.
     off: Callable[[PreTrainedModel], None] | None = None
     off_plan: str = "base@0"

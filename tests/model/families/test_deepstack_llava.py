@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoTokenizer, LlavaForConditionalGeneratio
 
 from model.errors import UserError
 from model.families import detect
-from model.families.deepstack_llava import best_grid, dilate, layout_of, mosaic, settings_of, tiles
+from model.families.deepstack_llava import best_grid, layout_of, mosaic, sample, settings_of, tiles
 from model.plan import Plan
 from model.types import Sampling
 from tests import tiny
@@ -160,7 +160,7 @@ def test_dilated_sets_are_a_permutation_of_the_high_resolution_grid(grid):
     numbered = torch.arange(rows * n * columns * n).reshape(rows * n, columns * n, 1).float()
     cut = [numbered[y : y + n, x : x + n] for y in range(0, rows * n, n) for x in range(0, columns * n, n)]
     assert torch.equal(mosaic(torch.stack(cut), grid), numbered)
-    sets = dilate(numbered, grid, 4)
+    sets = sample(numbered, grid, 4)
     assert len(sets) == 4 and all(s.shape == (n * n, 1) for s in sets)
     assert sorted(torch.cat(sets[: rows * columns]).flatten().tolist()) == list(range(rows * n * columns * n))
     for k in range(rows * columns):
@@ -239,7 +239,7 @@ def test_views_show_both_resolutions_and_who_owns_each_token():
     ("entry", "said"),
     [
         ({"merge": "mix"}, "must be one of stack, none, concat"),
-        ({"sampling": "1d"}, "only 2d is supported"),
+        ({"sampling": "2d_scaledown"}, "must be one of 2d, 1d, grid"),
         ({"num_crops": 1}, "num_crops ≥ 2"),
     ],
 )
