@@ -18,6 +18,7 @@ from model.engine import Engine
 from model.errors import UserError
 from model.images import check_prompt, check_question
 from model.loading import EMBEDDED
+from model.need import of_answer
 from model.plan import Plan
 from model.prompt import Prompt
 from model.types import Answer, Message, Sampling
@@ -96,9 +97,9 @@ def prepare(
         raise UserError(f"{count} images were sent; at most {desk.limits.max_images} are taken (max_images).")
     if not count and engine.name.startswith(f"{EMBEDDED}/"):
         raise UserError("There is no image yet: upload one, paste one, or pick an example.")
-    prompt = engine.prompt(messages)
-    check_prompt(prompt.input_ids.shape[1], desk.limits)
-    return Asked(engine, chosen, prompt, messages, question, tuple(images), settings or Sampling())
+    return _checked(
+        desk, Asked(engine, chosen, engine.prompt(messages), messages, question, tuple(images), settings or Sampling())
+    )
 
 
 def again(
@@ -108,8 +109,15 @@ def again(
     engine = desk.engine(model)
     chosen = desk.plan(plan, engine)
     prompt = record.prompt if engine.name == record.answer.model else engine.prompt(record.messages)
-    check_prompt(prompt.input_ids.shape[1], desk.limits)
-    return Asked(engine, chosen, prompt, record.messages, record.question, record.images, settings or record.sampling)
+    settings = settings or record.sampling
+    return _checked(desk, Asked(engine, chosen, prompt, record.messages, record.question, record.images, settings))
+
+
+def _checked(desk: Desk, asked: Asked) -> Asked:
+    """Itself; UserError where it is too long, or needs more memory than it may take or there is."""
+    check_prompt(asked.prompt.input_ids.shape[1], desk.limits)
+    of_answer(asked.engine, asked.prompt, 1, asked.sampling.max_new_tokens).check(asked.engine)
+    return asked
 
 
 def stream(asked: Asked, stop: threading.Event | None = None) -> Iterator[tuple[Answer, bool]]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from app.limits import add_limits
 from app.output import log, plain, printable
-from model.errors import UserError
+from model.errors import UserError, is_out_of_memory
 
 DESCRIPTION = "DeepStack Lens: see, switch and understand how a DeepStack vision-language model uses an image."
 MODEL_HELP = "embedded, embedded/NAME, a folder or a hub id such as Qwen/Qwen3-VL-2B-Instruct"
@@ -321,7 +321,7 @@ def _run(argv: list[str]) -> int:
         log("stopped")
         return INTERRUPTED
     except (MemoryError, RuntimeError) as error:
-        if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's, not imported here
+        if not is_out_of_memory(error):
             raise
         log("error: Out of memory. Use smaller images or a smaller model, or --dtype bfloat16.")
         return 2

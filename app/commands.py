@@ -23,6 +23,7 @@ from model.engine import Engine
 from model.errors import UserError
 from model.images import Limits, check_prompt, check_question, read_image
 from model.loading import EMBEDDED, Zoo, canonical, check, choose_device, embedded_names, gigabytes, introduction, load
+from model.need import of_answer
 from model.plan import Plan, presets
 from model.prompt import Prompt
 from model.types import Answer, Sampling
@@ -80,7 +81,9 @@ def load_from(name: str, options: argparse.Namespace) -> Engine:
     """The engine, with progress on a terminal."""
     progress = ProgressLine()
     try:
-        return load(name, device=options.device, dtype=options.dtype, progress=progress.fraction)
+        engine = load(name, device=options.device, dtype=options.dtype, progress=progress.fraction)
+        engine.max_memory = getattr(options, "max_memory", engine.max_memory)
+        return engine
     finally:
         progress.clear()
 
@@ -107,7 +110,7 @@ def page(options: argparse.Namespace) -> Outcome:
 
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("model").setLevel(logging.INFO)  # which model was loaded when, and why it runs where it runs
-    zoo = Zoo(names, device=options.device, dtype=options.dtype)
+    zoo = Zoo(names, device=options.device, dtype=options.dtype, max_memory=limits.max_memory)
     served = launch(zoo, limits, host=options.host, port=options.port, block=False)
     host = f"[{options.host}]" if ":" in options.host else options.host
     log(f"DeepStack Lens is at http://{host}:{options.port} (Ctrl-C stops it)")
@@ -177,7 +180,10 @@ def ask(options: argparse.Namespace) -> Outcome:
     engine = load_from(options.model, options)
     plan = plan_from(options.plan, engine)
     prompt = prompt_from(engine, messages, limits)
+    need = of_answer(engine, prompt, 1, sampling.max_new_tokens)
+    need.check(engine)
     introduce(engine, notes)
+    log(f"this needs {need.in_words()}")
     with engine.stream(prompt, plan, sampling) as stream:
         for token in stream:
             if not options.json:

@@ -1,4 +1,5 @@
-"""What every handler of the page works with: the models on offer, the limits, the store, the example images.
+"""What every handler of the page works with: the models on offer and the line before them, the limits, the
+store, the example images.
 
 Nothing in it belongs to one visitor. Knows nothing about gradio.
 """
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from app.line import Line
 from app.session import Held, Store
 from model.engine import Engine
 from model.errors import UserError
@@ -51,6 +53,7 @@ class Desk:
     limits: Limits = field(default_factory=Limits)
     store: Store = field(default_factory=Store)
     examples: dict[str, Example] = field(default_factory=examples)
+    line: Line = field(default_factory=Line)
 
     def engine(self, name: str | None, progress: Callable[[float, str], None] | None = None) -> Engine:
         """The engine of an offered model, loaded on first use; the default one for no name."""

@@ -23,7 +23,9 @@ def amount(text: str) -> int:
 
 
 def in_words(value: int, unit: str) -> str:
-    """A value as `amount` reads it, short: 40M, 32MiB, 20000."""
+    """A value as `amount` reads it, short: 40M, 32MiB, 16GiB, 20000."""
+    if unit == "bytes" and value % 2**30 == 0:
+        return f"{value // 2**30}GiB"
     if unit == "bytes" and value % 2**20 == 0:
         return f"{value // 2**20}MiB"
     return f"{value // 10**6}M" if value % 10**6 == 0 else str(value)

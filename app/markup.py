@@ -18,6 +18,7 @@ from PIL import Image
 from analysis.captions import caption
 from analysis.compare import ADDED, DROPPED, diff, plan_badge
 from app.desk import Example
+from app.line import in_words
 from model.layout import Layout
 from model.plan import Plan
 from model.types import Answer, Token
@@ -37,6 +38,11 @@ class Word:
     def probability(self) -> float:
         """Of the whole word, given all before it."""
         return math.exp(sum(token.logprob for token in self.tokens))
+
+
+def in_line(place: int) -> str:
+    """How many are before a visitor whose request waits."""
+    return f'<p class="dl-note" role="status">{in_words(place)}: the model answers others first.</p>'
 
 
 def words(tokens: Sequence[Token]) -> list[Word]:

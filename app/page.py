@@ -21,6 +21,7 @@ import gradio as gr
 from app import asking, markup, theme
 from app.asking import address
 from app.desk import Desk
+from app.line import AT_ONCE, WAITING
 from app.picture import Carrier, StackPicture, picture_value, sees, views_value
 from app.session import Focus, Held, Session
 from app.tabs import chat, compare, layers, stacks
@@ -33,7 +34,7 @@ from model.loading import Zoo, gigabytes
 
 NAME = "DeepStack Lens"
 TABS = ("chat", "layers", "compare", "stacks")
-WAITING = 64  # requests that may wait for a model; one more is told to try again
+THREADS = 40 + AT_ONCE + WAITING  # gradio gives one to each request; those that run a model or wait are not to take all
 
 log = logging.getLogger("app.page")
 
@@ -299,6 +300,7 @@ def launch(
         enable_monitoring=False,
         allowed_paths=[],
         max_file_size=limits.max_bytes,
+        max_threads=THREADS,
         ssr_mode=False,
         pwa=False,
         mcp_server=False,

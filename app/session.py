@@ -11,10 +11,11 @@ import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from model.errors import UserError
@@ -23,6 +24,7 @@ from model.types import Answer, Message, Sampling
 
 IMAGE_BYTES = 512 * 2**20  # pixels of all visitors' images held at once
 RECORDS = 512  # answers of all visitors held at once, with their traces
+RECORD_BYTES = 2 * 2**30  # of their images, and of what was computed from them
 
 
 @dataclass(frozen=True)
@@ -109,20 +111,40 @@ class Record:
     sampling: Sampling
     memo: dict[Any, Any] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    grown: Callable[[], None] = lambda: None  # told when the memo has become larger; the store's
+
+    @property
+    def bytes(self) -> int:
+        """Size of its images' pixels and of the arrays in its memo."""
+        parts = (part for message in self.messages for part in message["content"] if part["type"] == "image")
+        pixels = sum(part["image"].width * part["image"].height * 3 for part in parts)
+        return pixels + sum(_array_bytes(value) for value in list(self.memo.values()))
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What `make` returns, made on the first call with this key and kept."""
         with self.lock:
             if key not in self.memo:
                 self.memo[key] = make()
+                self.grown()
             return self.memo[key]
+
+
+def _array_bytes(value: Any) -> int:
+    """Of all arrays in a value of dataclasses, dicts and sequences."""
+    if isinstance(value, np.ndarray):
+        return value.nbytes
+    if is_dataclass(value):
+        return sum(_array_bytes(getattr(value, each.name)) for each in fields(value))
+    if isinstance(value, dict):
+        return sum(map(_array_bytes, value.values()))
+    return sum(map(_array_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
 class Store:
     """Images and records of all visitors, least recently used out first. Thread-safe."""
 
-    def __init__(self, image_bytes: int = IMAGE_BYTES, records: int = RECORDS):
-        self._image_bytes, self._max_records = image_bytes, records
+    def __init__(self, image_bytes: int = IMAGE_BYTES, records: int = RECORDS, record_bytes: int = RECORD_BYTES):
+        self._image_bytes, self._max_records, self._record_bytes = image_bytes, records, record_bytes
         self._images: OrderedDict[str, tuple[str, Held]] = OrderedDict()  # id -> (visitor, image)
         self._records: OrderedDict[str, tuple[str, Record]] = OrderedDict()
         self._stops: dict[tuple[str, str], threading.Event] = {}  # (visitor, place) -> ends what runs there
@@ -151,9 +173,16 @@ class Store:
         key = new_id()
         with self._lock:
             self._records[key] = (visitor, record)
-            while len(self._records) > self._max_records:
-                self._records.popitem(last=False)
+        record.grown = self._trim
+        self._trim()
         return key
+
+    def _trim(self) -> None:
+        """Lets the least recently used records go that are too many or too large; one is always held."""
+        with self._lock:
+            total = sum(record.bytes for _, record in self._records.values())
+            while len(self._records) > 1 and (len(self._records) > self._max_records or total > self._record_bytes):
+                total -= self._records.popitem(last=False)[1][1].bytes
 
     def record(self, key: str) -> Record | None:
         """The answer of this id, None when there is none or it has been dropped."""

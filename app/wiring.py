@@ -10,21 +10,22 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from html import escape
 from typing import Any
 
 import gradio as gr
 
+from app import markup
 from app.session import Session
-from model.errors import UserError
+from model.errors import UserError, is_out_of_memory
 
 log = logging.getLogger("app.page")
 
-# Every event that runs a model. The engine lets one pass at a time onto the device; between two tokens another
-# visitor's pass may run, so a switch of a stack need not wait for the end of somebody's long answer.
-MODEL = {"concurrency_id": "model", "concurrency_limit": 4}
+# Every event that runs a model comes in at once and waits in the desk's own line, where it can be told its place.
+MODEL = {"concurrency_id": "model", "concurrency_limit": None}
+PULSE = 1.0  # seconds after which a request that waits looks whether its page is still open
 SECONDS = 20  # that an error message stays
 
 
@@ -39,6 +40,11 @@ def told() -> Iterator[None]:
         raise gr.Error(escape(str(error), quote=False), duration=SECONDS, print_exception=False) from error
     except Exception as error:
         log.exception("a handler failed")
+        if is_out_of_memory(error):
+            sentence = (
+                "There was not enough memory for this. Use a smaller image, a shorter conversation or fewer plans."
+            )
+            raise gr.Error(sentence, duration=SECONDS, print_exception=False) from error
         raise gr.Error(
             f"This went wrong inside the app ({type(error).__name__}); nothing you entered is lost. The log has more.",
             duration=SECONDS,
@@ -58,23 +64,61 @@ def introduced(session: Session) -> tuple[Session, Any]:
 
 def bound(fn: Callable, desk: Any) -> Callable:
     """`fn` without its first argument, as gradio wants it: names, annotations and defaults kept, errors told."""
-    signature = inspect.signature(fn)
-    first, *rest = signature.parameters.values()
-
     if inspect.isgeneratorfunction(fn):
 
-        @functools.wraps(fn)
         def call(*args):
             with told():
                 yield from fn(desk, *args)
 
     else:
 
-        @functools.wraps(fn)
         def call(*args):
             with told():
                 return fn(desk, *args)
 
+    return _signed(call, fn)
+
+
+def in_turn(
+    fn: Callable, desk: Any, outputs: Sequence[Any], line: gr.HTML, when: Callable[..., bool] | None = None
+) -> dict[str, Any]:
+    """What an event that runs a model takes: `fn` bound and waiting in the desk's line, its outputs and `line` behind.
+
+    While it waits, `line` says the place and nothing else changes; it is empty again before `fn` begins. `when(desk,
+    *values)` says whether this request needs the model at all; else it does not wait.
+    """
+    others = [gr.skip()] * len(outputs)
+
+    def call(*args):
+        wanted = when is None or when(desk, *args)
+        with told(), desk.line.enter() if wanted else nullcontext() as ticket:
+            place = ticket.place if ticket else 0
+            if place:
+                while place:
+                    yield *others, markup.in_line(place)
+                    place = ticket.wait(place, PULSE)
+                yield *others, ""
+            made = fn(desk, *args)
+            if not inspect.isgenerator(made):
+                yield *(made if len(outputs) > 1 else (made,)), gr.skip()
+                return
+            with closing(made):
+                for values in made:
+                    yield *values, gr.skip()
+
+    return {"fn": _signed(call, fn), "outputs": [*outputs, line], **MODEL}
+
+
+def line_of() -> gr.HTML:
+    """Where a tab says how many are before its visitor."""
+    return gr.HTML("", apply_default_css=False, elem_classes=["dl-waiting"])
+
+
+def _signed(call: Callable, fn: Callable) -> Callable:
+    """`call` under the name and with the arguments of `fn`, less the first."""
+    signature = inspect.signature(fn)
+    first, *rest = signature.parameters.values()
+    functools.update_wrapper(call, fn)
     del call.__wrapped__  # gradio would look through it and count `desk` as an input
     hints = inspect.get_annotations(fn, eval_str=True)
     call.__annotations__ = {name: hint for name, hint in hints.items() if name not in (first.name, "return")}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,14 +24,17 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from model.decode import Choice, TextStream, choose, describe, generators
-from model.errors import UserError
+from model.errors import OutOfMemory, UserError, is_out_of_memory
 from model.families import Family
+from model.images import DEFAULT_LIMITS
 from model.instrument import EffectRecorder, Injection, Pass, Recorder, TraceRecorder, active, install
+from model.need import of_answer, of_pass
 from model.plan import Plan
 from model.prefix import PrefixCache
 from model.probe import Probe
 from model.prompt import CUT, Prompt, guard, guarded_messages
 from model.trace import Trace
+from model.turns import FairLock
 from model.types import Answer, ImageGrid, Message, Region, Sampling, Token, View
 
 
@@ -115,6 +119,7 @@ class Engine:
         self.device = family.embed.weight.device
         self.dtype = family.embed.weight.dtype
         self.max_tokens: int = family.decoder.config.max_position_embeddings
+        self.max_memory = DEFAULT_LIMITS.max_memory  # bytes that one request may take beside the weights
         self.cache = FeatureCache(cache_bytes)
         self.prefixes = PrefixCache(prefix_bytes)
         self.shortest_prefix = shortest_prefix
@@ -122,7 +127,7 @@ class Engine:
         self._end = family.end_tokens()
         self._special = family.special_tokens()
         self._pieces: dict[int, str] = {}
-        self._lock = threading.RLock()
+        self._lock = FairLock()
 
     def __repr__(self) -> str:
         return f"Engine({self.name!r}, {self.family}, {self.device}, {self.dtype})"
@@ -280,6 +285,7 @@ class Engine:
         ids = _ids(answer.tokens)
         length = prompt.input_ids.shape[1] + len(ids)
         self._check(probe, length)
+        of_pass(self, prompt, 1, len(ids), probe).check(self)
         image = self._image_positions(prompt)
         kept = image if probe.hidden_rows == "image" else torch.arange(length, device=self.device)
         recorder = TraceRecorder(probe, image, kept, self.layout.n_layers)
@@ -322,6 +328,7 @@ class Engine:
         effect = np.zeros((len(names), self.layout.n_layers + 1), dtype=np.float32)
         if not used or not prompt.images:
             return effect
+        of_pass(self, prompt, 1 + len(used), 0).check(self)
         recorder = EffectRecorder(self._image_positions(prompt))
         with torch.no_grad(), self._device():
             self._run(prompt, [plan, *(plan.without(name) for name in used)], (), recorder=recorder)
@@ -361,6 +368,8 @@ class Engine:
         `Layout.sources_for(plan)`; the plan's own gains and layers apply on top.
         """
         ids = _ids(answer)
+        rows = len(row_gains) if row_gains.ndim == 3 else 1
+        of_pass(self, prompt, rows, len(ids), grad=torch.is_grad_enabled()).check(self)
         features = self.features(prompt, plan) * row_gains.to(self.device, self.dtype)[..., None]
         with torch.set_grad_enabled(torch.is_grad_enabled()), self._device():
             hidden = self._run(prompt, [plan], ids, features=features)
@@ -377,12 +386,20 @@ class Engine:
         with self._lock:
             try:
                 yield
-            except torch.OutOfMemoryError as error:
-                torch.cuda.empty_cache()
-                raise UserError(
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._free(error)
+                raise OutOfMemory(
                     f"{self.name} ran out of memory on {self.device}. Use a smaller image, a shorter conversation or "
                     "fewer plans at once."
                 ) from error
+
+    def _free(self, error: BaseException) -> None:
+        """Gives back what the frames of a failed pass, which the error keeps, and then torch still hold."""
+        traceback.clear_frames(error.__traceback__)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _pass(
         self, prompt: Prompt, plans: Sequence[Plan], features: dict[str, Tensor], recorder: Recorder | None = None
@@ -527,6 +544,7 @@ class Generation:
         self._live = list(range(len(plans)))  # rows of the batch, in order
         self._cache: DynamicCache | None = None
         self._limit = min(sampling.max_new_tokens, engine.max_tokens - prompt.input_ids.shape[1])
+        of_answer(engine, prompt, len(plans), sampling.max_new_tokens).check(engine)
         self._made = 0
         self._start = time.perf_counter()
         self._first = 0.0
@@ -548,8 +566,10 @@ class Generation:
             with torch.inference_mode(), engine._device():
                 logits = self._prefill() if self._cache is None else self._decode()
                 choices = choose(logits, self.sampling, [self.rows[i].draw for i in self._live])
-        except BaseException:
+        except BaseException as error:
             self.end("stopped")
+            if isinstance(error, OutOfMemory):
+                engine._free(error)  # once more: the key-value cache has gone now
             raise
         now = time.perf_counter() - self._start
         self._first = self._first or now

@@ -41,6 +41,7 @@ class Limits:
     max_text_chars: int = _setting(20_000, "characters of one question", "characters")
     max_prompt_tokens: int = _setting(20_000, "tokens of one prompt, visual ones included", "tokens")
     max_answer_tokens: int = _setting(1_024, "tokens of one answer", "tokens")
+    max_memory: int = _setting(64 * 2**30, "memory of one request beside the model's weights, estimated", "bytes")
 
     def __post_init__(self) -> None:
         for setting in fields(self):

@@ -38,6 +38,7 @@ from transformers import PreTrainedConfig
 
 from model.errors import UserError
 from model.families import Family, detect
+from model.images import DEFAULT_LIMITS
 
 if TYPE_CHECKING:
     from model.engine import Engine
@@ -88,8 +89,8 @@ def check(name: str) -> None:
         with _hub_errors(name):
             check_type(Path(hf_hub_download(name, "config.json")), name)
     else:
-        check_type(folder / "config.json", name)
-        check_files(folder, name)
+        family = check_type(folder / "config.json", name)
+        check_files(folder, name, lacks=family.lacks)
 
 
 def find(name: str, progress: Progress | None = None) -> Path:
@@ -229,7 +230,7 @@ def check_type(config_file: Path, name: str) -> type[Family]:
     """The family that runs this checkpoint; UserError unless config.json is readable and some family does."""
     try:
         raw = json.loads(config_file.read_text(encoding="utf-8"))
-        config = PreTrainedConfig.from_dict(raw)
+        config = PreTrainedConfig.from_dict({key: value for key, value in raw.items() if value is not None})
         config.model_type = str(raw["model_type"])
     except FileNotFoundError as error:
         raise UserError(f"{name} has no config.json, so it is not a model in the transformers format.") from error
@@ -238,13 +239,14 @@ def check_type(config_file: Path, name: str) -> type[Family]:
     return detect(config)
 
 
-def check_files(folder: Path, name: str, unused: Iterable[str] = ()) -> int:
+def check_files(folder: Path, name: str, unused: Iterable[str] = (), lacks: Iterable[str] = ()) -> int:
     """The number of parameters; UserError where a file is missing or cut off, or weights are not safetensors.
 
-    unused: patterns of weight names that are not loaded and not counted (`Family.unused_weights`).
+    unused: patterns of weight names that are not loaded and not counted (`Family.unused_weights`); lacks: what of
+    NEEDED its family comes without (`Family.lacks`).
     """
     for what, files in NEEDED.items():
-        if not any((folder / file).is_file() for file in files):
+        if what not in lacks and not any((folder / file).is_file() for file in files):
             raise UserError(f"{name} has no {what} ({' or '.join(files)}); download it again.")
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -330,8 +332,11 @@ def choose_dtype(wanted: str | None, device: torch.device, parameters: int) -> t
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on this device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Bytes that are free on this device; on a GPU also what torch holds there and does not use."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def check_memory(needed: int, device: torch.device, name: str) -> None:
@@ -361,7 +366,7 @@ def load(name: str, *, device: str | None = None, dtype: str | None = None, prog
     name = canonical(name)
     folder = find(name, progress)
     family = check_type(folder / "config.json", name)
-    parameters = check_files(folder, name, family.unused_weights())
+    parameters = check_files(folder, name, family.unused_weights(), family.lacks)
     chosen, why_device = choose_device(device)
     number, why_dtype = choose_dtype(dtype, chosen, parameters)
     check_memory(parameters * number.itemsize, chosen, name)
@@ -377,6 +382,7 @@ def load(name: str, *, device: str | None = None, dtype: str | None = None, prog
         words = " ".join(str(error).split())[:200]
         raise UserError(f"{name} cannot be loaded: {words or type(error).__name__}.") from error
     held = sum(parameter.numel() for parameter in engine.model.parameters())  # shared ones once, as in the files
+    held -= engine.adapter.borrowed
     if parameters < held:
         raise UserError(f"{name} lacks {held - parameters:,} of the model's {held:,} parameters; download it again.")
     for line in introduction(engine):
@@ -395,12 +401,16 @@ def introduction(engine: Engine) -> list[str]:
 class Zoo:
     """The models that one run of the app offers, each loaded once, when it is first asked for. Thread-safe.
 
-    offered: names, the first one the default. A load that failed leaves nothing behind and can be tried again.
+    offered: names, the first one the default. max_memory: bytes that one request may take beside the weights. A load
+    that failed leaves nothing behind and can be tried again.
     """
 
-    def __init__(self, offered: Iterable[str], *, device: str | None = None, dtype: str | None = None):
+    def __init__(
+        self, offered: Iterable[str], *, device: str | None = None, dtype: str | None = None,
+        max_memory: int = DEFAULT_LIMITS.max_memory,
+    ):  # fmt: skip
         self.offered: tuple[str, ...] = tuple(dict.fromkeys(canonical(name) for name in offered))
-        self._device, self._dtype = device, dtype
+        self._device, self._dtype, self._max_memory = device, dtype, max_memory
         self._engines: dict[str, Engine] = {}
         self._loading = threading.Lock()  # one load at a time: from_pretrained changes torch's default dtype meanwhile
 
@@ -419,7 +429,9 @@ class Zoo:
         if name not in self._engines:
             with self._loading:
                 if name not in self._engines:
-                    self._engines[name] = load(name, device=self._device, dtype=self._dtype, progress=progress)
+                    engine = load(name, device=self._device, dtype=self._dtype, progress=progress)
+                    engine.max_memory = self._max_memory
+                    self._engines[name] = engine
         return self._engines[name]
 
     def loaded(self) -> list[tuple[str, int, str]]:

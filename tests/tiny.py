@@ -246,7 +246,7 @@ def qwen3_vl_folder(path: str | Path, taps: tuple[int, ...] = (0, 1, 2), seed: i
 def hires_folder(
     path: str | Path, merge: str = "stack", seed: int = 0, start: int = 1, interval: int = 1, num_crops: int = 4
 ) -> Path:
-    """A DeepStack-L folder: 16 px tiles of 4x4 tokens, 64 wide, 6 LLM layers or as many as stacks need.
+    """A DeepStack-L folder: 16 px tiles of 4x4 tokens, 64 wide, 6 LLM layers, or as many as nine stacks need.
 
     merge: "stack", "none" or "concat"."""
     path = Path(path)
@@ -267,7 +267,7 @@ def hires_folder(
             vocab_size=tokenizer.get_vocab_size(),
             hidden_size=64,
             intermediate_size=96,
-            num_hidden_layers=max(6, start + interval * (num_crops - 1) + 2),
+            num_hidden_layers=max(6, num_crops + 2),
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=512,

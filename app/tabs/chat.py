@@ -19,7 +19,7 @@ from app.asking import Asked, address
 from app.desk import Desk
 from app.picture import sees, views_value
 from app.session import Focus, Held, Session, Turn, new_images
-from app.wiring import MODEL, bound
+from app.wiring import bound, in_turn, line_of
 from model.errors import UserError
 from model.images import read_image
 from model.types import Answer
@@ -110,7 +110,7 @@ def resume(
     focus: Focus,
 ) -> Iterator[tuple]:
     """Asks what the address asked, once the page is there. Yields what `ask` yields, or nothing."""
-    if focus.question and focus.images:
+    if asked_before(desk, focus):
         settings = asking.sampling(desk, max_new_tokens, temperature, top_p, top_k, seed)
         asked = asking.prepare(
             desk, model=model, plan=plan, question=focus.question, images=focus.images, settings=settings
@@ -118,6 +118,11 @@ def resume(
         yield from _answer(desk, asked, session.known(), focus)
     else:
         yield (gr.skip(),) * 7
+
+
+def asked_before(desk: Desk, *values) -> bool:
+    """Whether the address asked something; the last of an event's values is the focus."""
+    return bool(values[-1].question and values[-1].images)
 
 
 def retry(
@@ -307,6 +312,7 @@ def build(desk: Desk, *, model, plan, session, focus, views, note, link, example
         placeholder="**Ask about an image.** Pick an example below, or add your own image and a question.",
         allow_tags=False,
     )
+    line = line_of()
     box = gr.MultimodalTextbox(
         elem_id="dl-box",
         show_label=False,
@@ -334,21 +340,19 @@ def build(desk: Desk, *, model, plan, session, focus, views, note, link, example
             )
     settings = [tokens, temperature, top_p, top_k, seed]
     shown = [box, chat, session, focus, views, note, link]
-    common = {"outputs": shown, "show_progress": "hidden", **MODEL}
+
+    def turn(fn, name: str, when=None) -> dict:
+        return {**in_turn(fn, desk, shown, line, when), "api_name": name, "show_progress": "hidden"}
+
     inputs = [model, plan, *settings, remember, session, focus]
-    box.submit(bound(ask, desk), [box, *inputs], api_name="ask", **common)
+    box.submit(inputs=[box, *inputs], **turn(ask, "ask"))
     cards.pick(
-        bound(ask_example, desk), [picked, model, plan, *settings, session, focus], api_name="ask_example",
-        js="(name, ...rest) => [lens.picked, ...rest]", **common,
+        inputs=[picked, model, plan, *settings, session, focus], js="(name, ...rest) => [lens.picked, ...rest]",
+        **turn(ask_example, "ask_example"),
     )  # fmt: skip
-    chat.retry(bound(retry, desk), inputs, api_name="retry", **common)
-    chat.edit(bound(edit, desk), inputs, api_name="edit", **common)
+    chat.retry(inputs=inputs, **turn(retry, "retry"))
+    chat.edit(inputs=inputs, **turn(edit, "edit"))
     chat.clear(bound(clear, desk), [session], [chat, session], api_name="clear", queue=False)
     box.stop(bound(stop, desk), [session], None, api_name="stop", queue=False)
-    again = {
-        "fn": bound(resume, desk),
-        "inputs": [model, plan, *settings, session, focus],
-        "api_name": "resume",
-        **common,
-    }
-    return Chat(box, remember, settings, {**again, "api_name": "resume"})
+    again = {"inputs": [model, plan, *settings, session, focus], **turn(resume, "resume", asked_before)}
+    return Chat(box, remember, settings, again)

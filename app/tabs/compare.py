@@ -19,7 +19,7 @@ from app import asking, charts, markup
 from app.asking import PACE, Asked
 from app.desk import Desk
 from app.session import Focus, Session
-from app.wiring import MODEL, bound, introduced
+from app.wiring import bound, in_turn, introduced, line_of
 from model.errors import UserError
 from model.types import Answer
 
@@ -265,6 +265,7 @@ def build(desk: Desk, *, tab, settings, session, focus, examples, loaded) -> tup
         count = gr.Radio([2, 3], value=COLUMNS, label="Columns", show_label=False, container=False)
         start = gr.Button("Run the comparison", variant="primary", size="sm", elem_id="dl-compare-run")
         end = gr.Button("Stop", size="sm", elem_id="dl-compare-stop")
+    line = line_of()
     with gr.Row(elem_classes=["dl-columns"], equal_height=True):
         answers = [gr.HTML("", apply_default_css=False, elem_id=f"dl-column-{number}") for number in range(COLUMNS)]
     below = gr.HTML(EMPTY, apply_default_css=False, elem_id="dl-pairs")
@@ -272,9 +273,9 @@ def build(desk: Desk, *, tab, settings, session, focus, examples, loaded) -> tup
 
     inputs = [question, truth, count, *columns, *settings, session, focus]
     outputs = [session, *answers, below]
-    common = {"outputs": outputs, "show_progress": "full", "show_progress_on": [below], **MODEL}
+    turn = {**in_turn(run, desk, outputs, line), "show_progress": "full", "show_progress_on": [below]}
     for trigger, name in ((start.click, "compare"), (question.submit, "compare_question")):
-        trigger(bound(run, desk), inputs, api_name=name, **common).then(**loaded, api_name=f"{name}_memory")
+        trigger(inputs=inputs, api_name=name, **turn).then(**loaded, api_name=f"{name}_memory")
     end.click(bound(stop, desk), [session], None, api_name="stop_compare", queue=False)
     count.change(show_columns, [count], [boxes[2], answers[2]], api_name="columns", queue=False, show_progress="hidden")
     fill = (bound(opened, desk), [question, truth, filled, focus], [question, truth, filled, image])

@@ -22,7 +22,7 @@ from app.desk import Desk
 from app.looking import Seen
 from app.picture import Carrier, effect_value
 from app.session import Focus, Record, Session
-from app.wiring import MODEL, bound, introduced
+from app.wiring import in_turn, introduced, line_of
 from model.engine import Engine
 from model.errors import UserError
 
@@ -69,6 +69,11 @@ def look(desk: Desk, dark: bool, plan: str, model: str, drawn: str, focus: Focus
         flow,
         effect_value(engine, record.answer.plan, seen.effect.values),
     )
+
+
+def answered(desk: Desk, *values) -> bool:
+    """Whether there is an answer to look into; the last of an event's values is the focus."""
+    return desk.store.record(values[-1].record) is not None
 
 
 def answer_again(desk: Desk, dark: bool, plan: str, model: str, session: Session, focus: Focus) -> tuple:
@@ -256,6 +261,7 @@ def build(desk: Desk, *, tab, model, plan, session, focus, dark, bars) -> dict:
     with gr.Row(elem_classes=["dl-top"]):
         head = gr.HTML(NOTHING, apply_default_css=False, elem_id="dl-look-head")
         again = gr.Button("Answer again", size="sm", elem_id="dl-again", scale=0, min_width=120)
+    line = line_of()
     with gr.Column(visible=False, elem_id="dl-look-body") as body:
         with gr.Column(elem_classes=["dl-panel"]):
             view = LookView(elem_id="dl-look")
@@ -283,23 +289,20 @@ def build(desk: Desk, *, tab, model, plan, session, focus, dark, bars) -> dict:
     shown = gr.Textbox(visible=False, label="view")
 
     views = [drawn, head, body, view, norms_plot, ratio_plot, effect_plot, flow_plot, bars]
-    common = {"show_progress": "minimal", "show_progress_on": [head], **MODEL}
+    common = {"show_progress": "minimal", "show_progress_on": [head]}
     inputs = [dark, plan, model]
-    looked = {"fn": bound(look, desk), "inputs": [*inputs, drawn, focus], "outputs": views, **common}
+    looked = {**in_turn(look, desk, views, line, answered), "inputs": [*inputs, drawn, focus], **common}
     tab.select(**looked, api_name="look")
     again.click(
-        bound(answer_again, desk),
-        [*inputs, session, focus],
-        [session, focus, *views],
-        api_name="answer_again",
-        **common,
-    )
+        **in_turn(answer_again, desk, [session, focus, *views], line), inputs=[*inputs, session, focus],
+        api_name="answer_again", **common,
+    )  # fmt: skip
     view.heads(
-        bound(heads, desk), [wanted, focus], [fetched], api_name="heads",
-        js="(layer, focus) => [lens.wanted, focus]", show_progress="hidden", **MODEL,
+        **in_turn(heads, desk, [fetched], line), inputs=[wanted, focus], api_name="heads",
+        js="(layer, focus) => [lens.wanted, focus]", show_progress="hidden",
     )  # fmt: skip
     take.click(
-        bound(download, desk), [what, kind, shown, focus], [file], api_name="download",
+        **in_turn(download, desk, [file], line), inputs=[what, kind, shown, focus], api_name="download",
         js="(what, kind, shown, focus) => [what, kind, lens.looking || '', focus]", **common,
     ).success(None, js="() => document.querySelector('#dl-file').click()", api_name="download_start")  # fmt: skip
     return looked

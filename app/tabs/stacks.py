@@ -17,7 +17,7 @@ from app.asking import Asked
 from app.desk import Desk
 from app.picture import effect_value
 from app.session import Focus, Record, Session
-from app.wiring import MODEL, bound, introduced
+from app.wiring import bound, in_turn, introduced, line_of
 from model.engine import Engine
 from model.errors import UserError
 from model.plan import BASE, Plan
@@ -211,6 +211,7 @@ def build(desk: Desk, *, tab, picture, model, plan, settings, session, focus, ba
             container=False, max_lines=3, max_length=desk.limits.max_text_chars,
         )  # fmt: skip
         end = gr.Button("Stop", size="sm", elem_id="dl-live-stop")
+    line = line_of()
     answer = gr.HTML(EMPTY, apply_default_css=False, elem_id="dl-live-answer")
     with gr.Row(elem_id="dl-live-more"):
         parts = gr.HTML(
@@ -220,7 +221,7 @@ def build(desk: Desk, *, tab, picture, model, plan, settings, session, focus, ba
     cards = examples()
     inputs = [question, plan, model, *settings, session, focus]
     outputs = [question, session, focus, answer, parts, felt, bars]
-    again = {"fn": bound(live, desk), "inputs": inputs, "outputs": outputs, "show_progress": "hidden", **MODEL}
+    again = {**in_turn(live, desk, outputs, line), "inputs": inputs, "show_progress": "hidden"}
     fresh = {"js": "(question, ...rest) => ['', ...rest]"}  # the question in focus, not the one in the box
     # Each change ends the answer before it, so no event waits for the one before: trigger_mode "multiple".
     picture.live(

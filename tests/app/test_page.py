@@ -15,8 +15,8 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from app import page
+from app.line import WAITING
 from app.session import Focus, Session
-from app.wiring import MODEL
 from model.errors import UserError
 from model.images import Limits
 from model.loading import Zoo
@@ -132,18 +132,14 @@ def call(demo: gr.Blocks, api_name: str, state: SessionState, inputs: list) -> l
     return asyncio.run(run())
 
 
-def test_every_event_has_a_name_and_model_events_share_one_limit(demo):
+def test_every_event_has_a_name(demo):
     names = [fn.api_name for fn in demo.fns.values()]
     assert all(isinstance(name, str) for name in names) and len(names) == len(set(names)), names
-    for fn in demo.fns.values():
-        if fn.api_name in {"ask", "ask_example", "retry", "edit", "resume", "look", "answer_again", "heads", "download",
-                           "compare", "compare_question", "live", "ask_live", "open_stacks"}:  # fmt: skip
-            assert fn.concurrency_id == "model" and fn.concurrency_limit == MODEL["concurrency_limit"], fn.api_name
 
 
 def test_nothing_is_reported_to_anyone_and_the_queue_is_bounded(demo):
     assert not demo.analytics_enabled
-    assert demo._queue.max_size == page.WAITING
+    assert demo._queue.max_size == WAITING
 
 
 def test_no_picture_or_answer_is_in_the_page_that_everyone_gets(demo):

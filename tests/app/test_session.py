@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -94,3 +95,22 @@ def test_what_a_record_computes_is_computed_once():
     for _ in range(2):
         assert kept.once("k", lambda: made.append(1) or "value") == "value"
     assert made == [1]
+
+
+def test_records_are_dropped_by_what_they_hold_too_also_when_it_grows():
+    """A trace of 192 MB is made long after its answer was kept; 512 of those would be 96 GB."""
+
+    def pictured() -> Record:
+        content = [{"type": "image", "image": held(10).image}, {"type": "text", "text": "q"}]
+        return dataclasses.replace(record(), messages=[{"role": "user", "content": content}])
+
+    store = Store(record_bytes=1000)
+    keys = [store.keep("me", pictured()) for _ in range(4)]  # 300 bytes each
+    assert [store.record(key) is not None for key in keys] == [False, True, True, True]
+    seen = Turn("a dataclass", images=(np.zeros(50), {"k": [np.zeros(25, np.float32)]}))  # 400 + 100 bytes
+    newest = store.record(keys[3])
+    newest.once("seen", lambda: seen)
+    assert newest.bytes == 800
+    assert [store.record(key) is not None for key in keys] == [False, False, False, True]
+    newest.once("more", lambda: np.zeros(500))
+    assert store.record(keys[3]) is newest  # one is always held

@@ -63,6 +63,11 @@ def test_other_errors_keep_their_insides_to_the_log(caplog):
     assert "secret /path" in caplog.text
 
 
+def test_no_memory_outside_a_pass_is_a_sentence_too():
+    with pytest.raises(gr.Error, match="not enough memory"):
+        bound(lambda desk: bytearray(2**62), "D")()
+
+
 def test_a_gradio_error_passes_as_it_is():
     def refuses(desk):
         raise gr.Error("mine")

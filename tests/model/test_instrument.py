@@ -1,7 +1,6 @@
 """What injection does to the residual stream, what recording reads from it, and that neither leaves anything behind."""
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -325,35 +324,3 @@ def test_only_the_language_model_uses_the_recording_attention(kind):
     engine = tiny.engine(kind)
     assert engine.adapter.decoder.config._attn_implementation == ATTENTION
     assert engine.model.config.vision_config._attn_implementation == "sdpa"
-
-
-@FAMILY
-def test_eight_threads_get_what_each_would_get_alone(kind):
-    engine = tiny.engine(kind)
-    plans = ["base@0", "none", "base@0,0@1", "base@0,0@2*3", "base@1", "base@0,2@4*-1", "base@0,1@1,0@1", "0@1,1@2,2@3"]
-    jobs = []
-    for i, text in enumerate(plans):
-        prompt = prompt_of(kind, i, text="What does the sign say?"[: 10 + i])
-        layers = (i % engine.layout.n_layers,)
-        probe = Probe(attention=(AttentionWish(layers, (prompt.input_ids.shape[1] - 1,)),), hidden=layers)
-        jobs.append((prompt, Plan.parse(text), probe, Sampling(max_new_tokens=5, temperature=i % 2, seed=i)))
-
-    def run(job):
-        prompt, plan, probe, sampling = job
-        stream = engine.stream(prompt, plan, sampling)
-        tokens = list(stream)
-        return tokens, engine.replay(prompt, stream.answer, plan, probe)
-
-    alone = [run(job) for job in jobs]
-    engine.cache.clear()
-    with ThreadPoolExecutor(8) as pool:
-        for _ in range(3):
-            for (tokens, trace), (want_tokens, want) in zip(pool.map(run, jobs), alone, strict=True):
-                assert tokens == want_tokens
-                np.testing.assert_array_equal(trace.residual_rms, want.residual_rms)
-                np.testing.assert_array_equal(trace.ratio, want.ratio)
-                assert trace.injected_rms.keys() == want.injected_rms.keys()
-                for found, expected in ((trace.attention, want.attention), (trace.hidden, want.hidden)):
-                    assert found.keys() == expected.keys()
-                    for layer in found:
-                        np.testing.assert_array_equal(found[layer], expected[layer])
