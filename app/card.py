@@ -18,14 +18,14 @@ from model.plan import BASE, Plan
 
 TEST_SETS = {"train": (2000, 7001), "held-out": (500, 7002)}  # fonts -> scenes, seed; training uses seeds 1000 and up
 STATEMENTS = {
-    "hires": "A global view (64 x 64 px) at the input, four samples of a 128 x 128 px view before layers 1 to 4.",
+    "hires": "A global view (64 x 64 px) at the input, nine samples of a 192 x 192 px view before layers 1 to 9.",
     "hires-single": "The trained single-injection twin of `hires`: the global view alone, the same context length.",
     "hires-concat": "The rival of `hires`: the same pixels, merged once on the feature axis at the input.",
     "taps": "Qwen3-VL's class at toy size: three taps of the vision tower, added after the first LLM layers.",
     "taps-single": "The trained single-injection twin of `taps`: no taps.",
 }
 LIMITS = (
-    "It reads printed capitals and digits on scenes like its own, 128 x 128 px seen at most: no photographs, no lower "
+    "It reads printed capitals and digits on scenes like its own, 192 x 192 px seen at most: no photographs, no lower "
     "case, no long texts. Text that a tile border cuts is read worse. All figures are from one training run."
 )
 
@@ -130,8 +130,8 @@ def _legibility(found: dict) -> str:
     ]
     return (
         "## What the views can tell\n\nWhole strings named by a vision tower's own heads, without a language model, "
-        f"on {found['scenes']} fresh scenes, by capital height in pixels of the high-resolution view (half that in "
-        "the global one). A view can tell at least as much as its best row says; a tower trained on small text alone "
-        "learns slowly.\n\n"
+        f"on {found['scenes']} fresh scenes, by capital height in pixels of the high-resolution view (a third of that "
+        "in the global one). A view can tell at least as much as its best row says; a tower trained on small text "
+        "alone learns slowly.\n\n"
         f"| | {' | '.join(f'{h} px' for h in heights)} |\n|---{'|--:' * len(heights)}|\n" + "\n".join(rows) + "\n\n"
     )

@@ -1,6 +1,6 @@
 """The page's state in its address, short and readable: model, plan, example image, question, tab.
 
-    ?m=embedded/hires&p=base@0,0@1&x=receipt.png&q=What+does+the+honey+cost%3F&t=stacks
+    ?m=embedded/hires&p=base@0,0@1&x=receipt.png&q=What+does+the+lemon+cost%3F&t=stacks
 
 A field at its default is left out. Uploaded images are not in it. Knows nothing about models or the page: what a field
 says is checked by whoever uses it.

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from model.training import fonts
 
-SIDE = 128  # pixels: side of the high-resolution view, two tiles of 64
+SIDE = 192  # pixels: side of the high-resolution view, three tiles of 64
 PATCH = 8  # pixels: side of a vision patch
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789."
 COLOURS = {

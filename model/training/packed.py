@@ -47,13 +47,14 @@ class Pass:
 
 def linear(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
     """x `[T, k]` times the transposes of weights `[n, k]`, side by side: `[T, sum of n]`."""
-    return x @ torch.cat(weights).T
+    return x @ torch.cat(weights).to(x.dtype).T
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of `[..., heads, width]` as in transformers' Llama (halves, not pairs)."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
+    """Rotary position embedding of `[..., heads, width]` as in transformers' Llama (halves, not pairs).
+
+    The first half of `sin` has its sign turned."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def rms_norm(x: torch.Tensor, norm: nn.Module, eps: float) -> torch.Tensor:
@@ -70,6 +71,7 @@ def forward(
     inspect: int = 0,
     closing_ids: torch.Tensor | None = None,
     places: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Pass:
     """Run the decoder `llama` (LlamaModel or Qwen3VLTextModel).
 
@@ -77,6 +79,7 @@ def forward(
     rows: the questions, or None to stop at the input of layer `inspect`, with the image rows alone.
     closing_ids `[C]` the tokens between the image rows and the questions. places: rotary positions of the prefix,
     `[A + N + C]` or, for time, row and column, `[3, A + N + C]`; questions go on after the largest. Default 0, 1, ...
+    dtype: what layers compute in; the residual stream is float32.
     """
     config = llama.config
     heads, width, eps = config.num_attention_heads, config.head_dim, config.rms_norm_eps
@@ -102,11 +105,12 @@ def forward(
         hidden = torch.cat([hidden, llama.embed_tokens(rows.ids.flatten()[flat])])
         after = (int(places.max()) + 1 + flat % longest).expand(*places.shape[:-1], -1)
         positions = torch.cat([positions, after], -1)
-        causal = torch.full((longest, longest), float("-inf"), device=device).triu(1)
+        causal = torch.full((longest, longest), float("-inf"), device=device, dtype=dtype).triu(1)
         scored = (rows.targets.flatten()[flat] != -100).nonzero()[:, 0]
         scored_table = flat[scored]  # places in the padded table
     cos, sin = llama.rotary_emb(hidden[None], positions.unsqueeze(-2))
-    cos, sin = cos[0][:, None], sin[0][:, None]  # [T, 1, width]
+    cos, sin = cos[0][:, None].to(dtype), sin[0][:, None].to(dtype)  # [T, 1, width]
+    sin = torch.cat([-sin[..., : width // 2], sin[..., width // 2 :]], -1)
     scale = width**-0.5
 
     def table(x):  # real tokens `[M, ...]` at their places in the padded table
@@ -121,14 +125,16 @@ def forward(
                 return result
             result.asking, result.attention = hidden[split:].index_select(0, scored), {}
         att, mlp = layer.self_attn, layer.mlp
-        x = rms_norm(hidden, layer.input_layernorm, eps)
+        x = rms_norm(hidden, layer.input_layernorm, eps).to(dtype)
         joined = linear(x, att.q_proj.weight, att.k_proj.weight, att.v_proj.weight)
         q, k, v = joined.view(len(x), 3, heads, width).unbind(1)
         if hasattr(att, "q_norm"):
-            q, k = att.q_norm(q), att.k_norm(k)
+            q, k = att.q_norm(q).to(dtype), att.k_norm(k).to(dtype)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         qp, kp, vp = (t[:split].view(batch, prefix, heads, width).transpose(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(qp, kp, vp, is_causal=True).transpose(1, 2).reshape(split, d)
+        # float32: the fused kernel's way back is eight times slower in bfloat16 on CPUs
+        out = F.scaled_dot_product_attention(qp.float(), kp.float(), vp.float(), is_causal=True)
+        out = out.transpose(1, 2).reshape(split, d).to(dtype)
         if rows is not None:
             qr, kr, vr = (table(t[split:]) for t in (q, k, v))
             qb = qr.view(batch, -1, heads, width).transpose(1, 2)  # [B, h, R L, w]
@@ -146,9 +152,9 @@ def forward(
             out_rows = (from_prefix + from_own).transpose(1, 2).reshape(-1, d).index_select(0, flat)
             out = torch.cat([out, out_rows])
             if number in watch:
-                result.attention[number] = share[:, 0, :, first : first + seen].reshape(-1, seen)[scored_table]
+                result.attention[number] = share[:, 0, :, first : first + seen].reshape(-1, seen)[scored_table].float()
         hidden = hidden + linear(out, att.o_proj.weight)
-        x = rms_norm(hidden, layer.post_attention_layernorm, eps)
+        x = rms_norm(hidden, layer.post_attention_layernorm, eps).to(dtype)
         gate, up = linear(x, mlp.gate_proj.weight, mlp.up_proj.weight).chunk(2, -1)
         hidden = hidden + linear(F.silu(gate) * up, mlp.down_proj.weight)
     result.hidden = llama.norm(hidden[split:].index_select(0, scored))

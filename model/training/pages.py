@@ -18,8 +18,12 @@ from model.training.canvas import CHARACTERS, COLOURS, OBJECTS, PATCH, SHAPES, S
 TILE = 64  # pixels: side of the tower's input
 NONE = 0  # label "nothing here" of every head; real classes start at 1
 LONGEST = 8  # characters: places in a string that have a class of their own
-GLYPH_SIZES = (6, 7, 8, 9)  # pixels: capital heights of fine text in the high-resolution view
-GLYPH_SHARES = (0.22, 0.45, 0.27, 0.06)
+GLYPHS = {
+    8: 0.35,
+    9: 0.4,
+    10: 0.25,
+}  # heights of fine capitals, pixels of the high-resolution view: shares
+SMALLER_GLYPHS = {6: 0.22, 7: 0.45, 8: 0.27, 9: 0.06}  # what the tower learns to read first
 HEADS = {  # classes per patch label, "nothing" included
     "left": len(CHARACTERS) + 1,
     "right": len(CHARACTERS) + 1,
@@ -70,13 +74,15 @@ def place_of(glyph, side: int, patch: int = PATCH) -> tuple[int, int, str] | Non
     return tile, int(y // patch) * (TILE // patch) + int(x // patch), "left" if x % patch < patch / 2 else "right"
 
 
-def dense_page(rng: np.random.Generator, side: int = 256, font_set: str = "train") -> Sheet:
+def dense_page(
+    rng: np.random.Generator, side: int = 256, font_set: str = "train", glyphs: dict[int, float] = GLYPHS
+) -> Sheet:
     """Lines of short strings over the whole page, some on panels, with a few shapes between them."""
     canvas = Canvas(rng, scale=int(rng.choice([1, 2, 3], p=[0.4, 0.4, 0.2])), side=side)
     names = list(fonts.SETS[font_set])
     y = float(rng.uniform(1, 6))
     while y < side - 8:
-        font, capital = str(rng.choice(names)), float(rng.choice(GLYPH_SIZES, p=GLYPH_SHARES))
+        font, capital = str(rng.choice(names)), float(rng.choice(list(glyphs), p=list(glyphs.values())))
         paper = canvas.background
         if rng.random() < 0.3:  # a band of another colour, as on a sign
             band = str(rng.choice(list(COLOURS)))
@@ -139,7 +145,7 @@ class Sheet:
 
 
 def scene_sheets(image: Image.Image, glyphs, things) -> tuple[Sheet, Sheet]:
-    """The global view (one tile) and the high-resolution view (2 x 2 tiles) of a scene, each with its truth."""
+    """The global view (one tile) and the high-resolution view (3 x 3 tiles) of a scene, each with its truth."""
     high = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
     low = np.asarray(image.resize((TILE, TILE), Image.Resampling.BICUBIC))
     ratio = TILE / SIDE

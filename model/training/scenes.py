@@ -1,10 +1,8 @@
 """Scenes with exact answers: signs, labels, cards, receipts, tables, bar charts, eye charts, notices, corners, shapes.
 
-A scene is a picture, where everything on it is, and questions with their answers. `fine` questions need glyphs of 6
-to 9
-pixels in the high-resolution view (half that in the global view); `coarse` ones need colours, shapes, counts and
-heights
-only. Knows nothing about models.
+A scene is a picture, where everything on it is, and questions with their answers. `fine` questions need glyphs of 8 to
+10 pixels in the high-resolution view (a third of that in the global view); `coarse` ones need colours, shapes, counts
+and heights only. Knows nothing about models.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from PIL import Image
 
 from model.training import fonts, strings
 from model.training.canvas import COLOURS, SHAPES, SIDE, Canvas, Glyph, Thing
-from model.training.pages import GLYPH_SHARES, GLYPH_SIZES
+from model.training.pages import GLYPHS
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 NONE = "there is none"
@@ -154,11 +152,11 @@ class Scene:
 class _Builder:
     """One scene while it is drawn: a canvas, one font, and the questions so far."""
 
-    def __init__(self, rng: np.random.Generator, font_set: str):
-        self.rng = rng
+    def __init__(self, rng: np.random.Generator, font_set: str, glyphs: dict[int, float]):
+        self.rng, self.sizes = rng, list(glyphs)
         self.canvas = Canvas(rng, scale=int(rng.choice([1, 2, 3], p=[0.35, 0.4, 0.25])))
         self.font = str(rng.choice(list(fonts.SETS[font_set])))
-        self.capital = float(rng.choice(GLYPH_SIZES, p=GLYPH_SHARES))
+        self.capital = float(rng.choice(self.sizes, p=list(glyphs.values())))
         self.questions: list[Question] = []
         self.texts: dict[int, tuple[str, float]] = {}
 
@@ -212,21 +210,21 @@ def _signs(b: _Builder):
     """Coloured panels with a text on each."""
     count = int(b.rng.integers(1, 5))
     centres = {
-        1: [(64, 64)],
-        2: [(64, 36), (64, 92)],
-        3: [(64, 22), (64, 64), (64, 106)],
-        4: [(32, 36), (96, 36), (32, 92), (96, 92)],
+        1: [(96, 96)],
+        2: [(96, 54), (96, 138)],
+        3: [(96, 33), (96, 96), (96, 159)],
+        4: [(48, 54), (144, 54), (48, 138), (144, 138)],
     }[count]
     colours = b.colours(count)
     for colour, (x, y) in zip(colours, centres, strict=True):
         text, rgb = b.text(), b.canvas.shade(colour)
         width = b.canvas.width(text, b.font, b.capital)
-        half = min(30.0 if count == 4 else 60.0, width / 2 + float(b.rng.uniform(4, 9)))
+        half = min(45.0 if count == 4 else 90.0, width / 2 + float(b.rng.uniform(6, 14)))
         x, y = (
-            x + float(b.rng.uniform(-1, 1)) * max(0.0, (31 if count == 4 else 60) - half) * 0.8,
-            y + float(b.rng.uniform(-8, 8)),
+            x + float(b.rng.uniform(-1, 1)) * max(0.0, (46 if count == 4 else 90) - half) * 0.8,
+            y + float(b.rng.uniform(-12, 12)),
         )
-        b.canvas.thing("panel", colour, x, y, half, b.capital / 2 + float(b.rng.uniform(3.5, 9)), rgb=rgb)
+        b.canvas.thing("panel", colour, x, y, half, b.capital / 2 + float(b.rng.uniform(5, 13)), rgb=rgb)
         string = b.write(x - width / 2, y - b.capital / 2, text, b.ink(rgb))
         b.read("sign", string, c=colour)
         if count == 1:
@@ -243,11 +241,11 @@ def _labels(b: _Builder):
     shapes, colours = [b.pick(SHAPES) for _ in range(count)], b.colours(count)
     ink = b.ink()
     for shape, colour, row in zip(shapes, colours, rows, strict=True):
-        y, half = 11 + 21 * float(row), float(b.rng.uniform(5.5, 8))
-        x = float(b.rng.uniform(10, 60))
+        y, half = 18 + 31 * float(row), float(b.rng.uniform(9, 13))
+        x = float(b.rng.uniform(16, 100))
         thing = len(b.canvas.things)
         b.canvas.thing(shape, colour, x, y, half)
-        string = b.write(x + half + float(b.rng.uniform(3, 6)), y - b.capital / 2, b.text(), ink)
+        string = b.write(x + half + float(b.rng.uniform(4, 9)), y - b.capital / 2, b.text(), ink)
         b.read("label", string, c=colour, s=shape)
         if shapes.count(shape) == 1:
             b.ask("shape_colour", colour, "coarse", thing=thing, s=shape)
@@ -259,8 +257,8 @@ def _labels(b: _Builder):
 def _card(b: _Builder):
     """Labelled fields, as on a ticket or a badge."""
     count = int(b.rng.integers(3, 6))
-    ink, y = b.ink(), float(b.rng.uniform(6, 14))
-    x, gap = float(b.rng.uniform(4, 14)), float(b.rng.uniform(16, 21))
+    ink, y = b.ink(), float(b.rng.uniform(9, 24))
+    x, gap = float(b.rng.uniform(6, 30)), float(b.rng.uniform(20, 32))
     for name in b.some(strings.FIELDS, count):
         value = (
             strings.price(b.rng)
@@ -270,7 +268,7 @@ def _card(b: _Builder):
             else b.text()
         )
         b.write(x, y, name, ink)
-        start = max(52.0, x + b.canvas.width(name, b.font, b.capital) + 6)
+        start = max(72.0, x + b.canvas.width(name, b.font, b.capital) + 9)
         string = b.write(start, y, value, ink)
         b.read("field", string, f=name.lower())
         y += gap
@@ -279,35 +277,36 @@ def _card(b: _Builder):
 def _receipt(b: _Builder):
     """Items with prices and a total."""
     count = int(b.rng.integers(3, 6))
-    ink, y, gap = b.ink(), float(b.rng.uniform(4, 8)), float(b.rng.uniform(16, 18.5))
+    ink, y, gap = b.ink(), float(b.rng.uniform(6, 16)), float(b.rng.uniform(20, 27))
+    left, right = float(b.rng.uniform(6, 26)), float(b.rng.uniform(150, 184))
     lines = []
-    head = b.write(float(b.rng.uniform(30, 50)), y, b.text(), ink)
+    head = b.write(float(b.rng.uniform(45, 80)), y, b.text(), ink)
     b.read("line", head, n="first")
     for item in b.some(strings.ITEMS, count):
         y += gap
-        b.write(float(6), y, item, ink)
+        b.write(left, y, item, ink)
         value = strings.price(b.rng)
-        lines.append(b.write(118 - b.canvas.width(value, b.font, b.capital), y, value, ink))
+        lines.append(b.write(right - b.canvas.width(value, b.font, b.capital), y, value, ink))
         b.read("item", lines[-1], i=item.lower())
     if count < 5:
         y += gap
-        b.write(float(6), y, "TOTAL", ink)
+        b.write(left, y, "TOTAL", ink)
         value = strings.price(b.rng)
-        total = b.write(118 - b.canvas.width(value, b.font, b.capital), y, value, ink)
+        total = b.write(right - b.canvas.width(value, b.font, b.capital), y, value, ink)
         b.read("total", total)
 
 
 def _table(b: _Builder):
     """Rows and columns of short strings with ruled lines."""
     rows, columns = int(b.rng.integers(2, 6)), int(b.rng.integers(2, 4))
-    ink, width, height = b.ink(), 120 / columns, 120 / max(rows, 3)
+    ink, width, height = b.ink(), 180 / columns, 180 / max(rows, 3)
     line = b.canvas.shade(b.ink())
     k = b.canvas.scale
     for r in range(rows + 1):
-        b.canvas.draw.line([4 * k, (4 + r * height) * k, 124 * k, (4 + r * height) * k], fill=line, width=k)
+        b.canvas.draw.line([6 * k, (6 + r * height) * k, 186 * k, (6 + r * height) * k], fill=line, width=k)
     for c in range(columns + 1):
         b.canvas.draw.line(
-            [(4 + c * width) * k, 4 * k, (4 + c * width) * k, (4 + rows * height) * k], fill=line, width=k
+            [(6 + c * width) * k, 6 * k, (6 + c * width) * k, (6 + rows * height) * k], fill=line, width=k
         )
     for r in range(rows):
         for c in range(columns):
@@ -315,23 +314,23 @@ def _table(b: _Builder):
             text = (
                 strings.number(b.rng, 2, longest) if b.rng.random() < 0.5 else strings.code(b.rng, 2, min(4, longest))
             )
-            x = 4 + c * width + max(2.5, (width - b.canvas.width(text, b.font, b.capital)) / 2)
-            string = b.write(x, 4 + r * height + height / 2 - b.capital / 2, text, ink)
+            x = 6 + c * width + max(2.5, (width - b.canvas.width(text, b.font, b.capital)) / 2)
+            string = b.write(x, 6 + r * height + height / 2 - b.capital / 2, text, ink)
             b.read("cell", string, r=r + 1, k=c + 1)
 
 
 def _bars(b: _Builder):
     """A bar chart with a name under each bar."""
     count = int(b.rng.integers(2, 6))
-    colours, heights = b.colours(count), b.some([14, 26, 38, 50, 62, 74, 86], count)
-    ink, width = b.ink(), 124 / count
+    colours, heights = b.colours(count), b.some([21, 39, 57, 75, 93, 111, 129], count)
+    ink, width = b.ink(), 186 / count
     first = len(b.canvas.things)
     for i, (colour, height) in enumerate(zip(colours, heights, strict=True)):
-        x = 2 + width * (i + 0.5)
-        b.canvas.thing("bar", colour, x, 108 - height / 2, width * 0.3, height / 2)
+        x = 3 + width * (i + 0.5)
+        b.canvas.thing("bar", colour, x, 164 - height / 2, width * 0.3, height / 2)
         longest = 3 if count > 3 else 4
         text = strings.code(b.rng, 2, longest) if b.rng.random() < 0.6 else strings.number(b.rng, 2, longest)
-        string = b.write(x - b.canvas.width(text, b.font, b.capital) / 2, 112, text, ink)
+        string = b.write(x - b.canvas.width(text, b.font, b.capital) / 2, 170, text, ink)
         b.read("bar", string, c=colour)
     tall, short = int(np.argmax(heights)), int(np.argmin(heights))
     b.ask("tallest", colours[tall], "coarse", thing=first + tall)
@@ -343,16 +342,17 @@ def _bars(b: _Builder):
 
 def _eye_chart(b: _Builder):
     """Lines of random capitals, smaller and smaller."""
-    y, ink = float(b.rng.uniform(6, 16)), b.ink()
-    sizes = sorted(b.some(GLYPH_SIZES, int(b.rng.integers(3, 5))), reverse=True)
+    y, ink = float(b.rng.uniform(10, 30)), b.ink()
+    sizes = sorted((b.pick(b.sizes) for _ in range(int(b.rng.integers(3, 6)))), reverse=True)
+    gap = float(b.rng.uniform(26, 34))
     for row, size in enumerate(sizes):
         text = strings.code(b.rng, 3, 4)
         width = b.canvas.width(text, b.font, size)
-        string = b.write(64 - width / 2 + float(b.rng.uniform(-6, 6)), y, text, ink, capital=float(size))
+        string = b.write(96 - width / 2 + float(b.rng.uniform(-16, 16)), y, text, ink, capital=float(size))
         b.read("line", string, n=ORDINALS[row])
         if row == len(sizes) - 1:
             b.read("line", string, n="last")
-        y += 27 + float(b.rng.uniform(-2, 2))
+        y += gap + float(b.rng.uniform(-2, 2))
 
 
 def _notice(b: _Builder):
@@ -360,9 +360,9 @@ def _notice(b: _Builder):
     count = int(b.rng.integers(2, 6))
     colours = b.inks(count)
     count = len(colours)
-    y, gap = float(b.rng.uniform(5, 12)), float(b.rng.uniform(18, 23))
+    y, gap = float(b.rng.uniform(8, 24)), float(b.rng.uniform(24, 34))
     for row, colour in enumerate(colours):
-        string = b.write(float(b.rng.uniform(3, 70)), y, b.text(), colour)
+        string = b.write(float(b.rng.uniform(4, 120)), y, b.text(), colour)
         b.read("ink", string, c=colour)
         b.read("line", string, n=ORDINALS[row])
         if row == count - 1 and count > 1:
@@ -374,11 +374,11 @@ def _notice(b: _Builder):
 def _corners(b: _Builder):
     """Texts at named places."""
     places = {
-        "top left": (4, 8),
-        "top right": (126, 8),
-        "bottom left": (4, 112),
-        "bottom right": (126, 112),
-        "middle": (64, 60),
+        "top left": (6, 14),
+        "top right": (188, 14),
+        "bottom left": (6, 166),
+        "bottom right": (188, 166),
+        "middle": (96, 91),
     }
     ink = b.ink()
     for place in b.some(list(places), int(b.rng.integers(3, 6))):
@@ -386,7 +386,7 @@ def _corners(b: _Builder):
         text = b.text()
         width = b.canvas.width(text, b.font, b.capital)
         x = x - width if place.endswith("right") else x - width / 2 if place == "middle" else x
-        string = b.write(x + float(b.rng.uniform(-6, 6)), y + float(b.rng.uniform(-5, 5)), text, ink)
+        string = b.write(x + float(b.rng.uniform(-12, 12)), y + float(b.rng.uniform(-9, 9)), text, ink)
         b.read("place", string, p=place)
 
 
@@ -399,8 +399,8 @@ def _shapes(b: _Builder):
     count = len(colours)
     shapes = shapes[:count]
     for i, (shape, colour, cell) in enumerate(zip(shapes, colours, cells[:count], strict=True)):
-        x, y = 22 + 42 * (cell % 3) + float(b.rng.uniform(-5, 5)), 22 + 42 * (cell // 3) + float(b.rng.uniform(-5, 5))
-        b.canvas.thing(shape, colour, x, y, float(b.rng.uniform(8, 14)))
+        x, y = 33 + 63 * (cell % 3) + float(b.rng.uniform(-8, 8)), 33 + 63 * (cell // 3) + float(b.rng.uniform(-8, 8))
+        b.canvas.thing(shape, colour, x, y, float(b.rng.uniform(12, 21)))
         if shapes.count(shape) == 1:
             b.ask("shape_colour", colour, "coarse", thing=i, s=shape)
         b.ask("colour_shape", shape, "coarse", thing=i, c=colour)
@@ -411,24 +411,26 @@ def _shapes(b: _Builder):
 
 
 SCENES: dict[str, tuple[Callable[[_Builder], None], float]] = {
-    "signs": (_signs, 0.15),
-    "labels": (_labels, 0.13),
-    "card": (_card, 0.12),
-    "receipt": (_receipt, 0.12),
-    "table": (_table, 0.11),
-    "bar chart": (_bars, 0.1),
+    "signs": (_signs, 0.14),
+    "labels": (_labels, 0.12),
+    "card": (_card, 0.11),
+    "receipt": (_receipt, 0.11),
+    "table": (_table, 0.1),
+    "bar chart": (_bars, 0.12),
     "eye chart": (_eye_chart, 0.06),
     "notice": (_notice, 0.1),
     "corners": (_corners, 0.06),
-    "shapes": (_shapes, 0.05),
+    "shapes": (_shapes, 0.08),
 }
 
 
-def make_scene(rng: np.random.Generator, font_set: str = "train", name: str | None = None) -> Scene:
-    """One scene with all of its questions."""
+def make_scene(
+    rng: np.random.Generator, font_set: str = "train", name: str | None = None, glyphs: dict[int, float] = GLYPHS
+) -> Scene:
+    """One scene with all of its questions; `glyphs` are capital heights, pixels, and their shares."""
     names = list(SCENES)
     name = name or str(rng.choice(names, p=[SCENES[n][1] for n in names]))
-    builder = _Builder(rng, font_set)
+    builder = _Builder(rng, font_set, glyphs)
     SCENES[name][0](builder)
     builder.ask("picture", name, "coarse")
     image = builder.canvas.finish()

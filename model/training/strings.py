@@ -45,6 +45,6 @@ def price(rng: np.random.Generator) -> str:
 
 
 def anything(rng: np.random.Generator) -> str:
-    """A word, a code or a number, as found on signs and labels."""
+    """A word, a code or a number, as found on signs and labels. Few words: their shape gives them away unread."""
     draw = rng.random()
-    return word(rng) if draw < 0.45 else code(rng) if draw < 0.8 else number(rng)
+    return word(rng) if draw < 0.25 else code(rng) if draw < 0.7 else number(rng)

@@ -1,6 +1,6 @@
 """Train the Qwen3-VL shaped twins: `taps`, whose stacks are tapped from earlier blocks of the tower, and `taps-single`.
 
-Both see the picture at 128 x 128 pixels as 256 patches merged into 64 visual tokens, through the same frozen tower,
+Both see the picture at 192 x 192 pixels as 576 patches merged into 64 visual tokens, through the same frozen tower,
 with the same scenes, questions, steps and seed; `taps-single` has no taps. The tower starts from the weights of the
 DeepStack-L models' CLIP tower where shapes allow, and is trained on. Knows nothing about scoring or the page.
 """
@@ -22,16 +22,16 @@ from model.training.tokenizer import QWEN, make_tokenizer
 
 KEPT = (1, 2, 3)  # tower blocks (of 0 to 4) whose output is kept as a tap, beside the last one's
 TAPS = {"taps": KEPT, "taps-single": ()}
-MERGE = 2  # patches per side of a visual token
 PATCHES = SIDE // PATCH  # per side of the view
-LEAST_PIXELS, MOST_PIXELS = 120 * 120, SIDE * SIDE  # of a resized upload: every square becomes 128 x 128
+MERGE = PATCHES // dataset.GRID  # patches per side of a visual token
+LEAST_PIXELS, MOST_PIXELS = 180**2, 195**2  # of a resized upload: every square becomes 192 x 192, rounding or not
 SHARDS = 3  # files of scenes, train.SHARD each: four maps of features a scene fill memory
 TOWER_STEPS, TOWER_BATCH, TOWER_RATE = 600, 16, 0.01  # half the rate of a tower from nothing
 WATCHED, INSPECTED = (4, 5), 4  # layers that are shown where the answer is; input that must know the contents
 
 
 def vision_configuration(taps: tuple[int, ...], like) -> Qwen3VLVisionConfig:
-    """A tower as wide and deep as the CLIP tower of configuration `like`, for views of 16 x 16 patches."""
+    """A tower as wide and deep as the CLIP tower of configuration `like`, for views of 24 x 24 patches."""
     return Qwen3VLVisionConfig(
         depth=like.num_hidden_layers,
         hidden_size=like.hidden_size,
@@ -84,7 +84,7 @@ def configuration(taps: tuple[int, ...], like, tokenizer, layers: int = 6) -> Qw
 
 
 class Reader(tower.Reader):
-    """Qwen3-VL's tower and the training heads: pixels `[B, 3, 128, 128]` to logits `[B, 256, classes]` per head."""
+    """Qwen3-VL's tower and the training heads: pixels `[B, 3, 192, 192]` to logits `[B, 576, classes]` per head."""
 
     def __init__(self, configuration: Qwen3VLVisionConfig):
         nn.Module.__init__(self)
@@ -96,21 +96,21 @@ class Reader(tower.Reader):
         )
 
     def blocks(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Output of every block, `[B, 256, width]` each, four patches of a visual token after one another."""
+        """Output of every block, `[B, 576, width]` each, the patches of a visual token after one another."""
         batch, _, height, width = pixels.shape
         grid = torch.tensor([[1, height // PATCH, width // PATCH]] * batch, device=pixels.device)
         states = self.tower(patches(pixels), grid, output_hidden_states=True).hidden_states[1:]
         return tuple(state.view(batch, -1, state.shape[-1]) for state in states)
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Last hidden state `[B, 256, width]`, row by row."""
+        """Last hidden state `[B, 576, width]`, row by row."""
         cells = PATCHES // MERGE
         state = self.blocks(pixels)[-1].unflatten(1, (cells, cells, MERGE, MERGE))
         return state.transpose(2, 3).flatten(1, 4)
 
 
 def patches(pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels `[B, 3, H, W]` as Qwen's image processor lays them out, `[B * patches, 3 * 2 * 8 * 8]`: four patches of a
+    """Pixels `[B, 3, H, W]` as Qwen's image processor lays them out, `[B * patches, 3 * 2 * 8 * 8]`: the patches of a
     visual token after one another, each twice, as two frames of a film that stands still.
     """
     batch, colours, height, width = pixels.shape
@@ -124,7 +124,7 @@ def patches(pixels: torch.Tensor) -> torch.Tensor:
 def warm_start(reader: Reader, old: tower.Reader, tiles: torch.Tensor) -> None:
     """Fill `reader` from a CLIP tower and its heads. tiles: `[B, 3, 64, 64]` pixels that show how large values are.
 
-    Blocks are taken as they are; the table of 8 x 8 positions is laid out four times. CLIP's norm before its blocks,
+    Blocks are taken as they are; the table of 8 x 8 positions is laid out nine times. CLIP's norm before its blocks,
     which Qwen's tower lacks, goes into the patch embedding with its average scale: what remains is left to training.
     """
     clip, new = old.tower.state_dict(), reader.tower.state_dict()
@@ -160,7 +160,7 @@ def load_reader(out: Path) -> Reader:
 
 @torch.no_grad()
 def encode(reader: Reader, batch: dataset.Batch, chunk: int = 16) -> torch.Tensor:
-    """Tower features of every scene, float16 `[n, 4, 256, width]`: after blocks 1, 2, 3 and after the last."""
+    """Tower features of every scene, float16 `[n, 4, 576, width]`: after blocks 1, 2, 3 and after the last."""
     out = torch.empty(len(batch.high), len(KEPT) + 1, PATCHES**2, reader.tower.config.hidden_size, dtype=torch.float16)
     for start in range(0, len(out), chunk):
         blocks = reader.blocks(tower.to_pixels(batch.high[start : start + chunk]))
@@ -188,7 +188,7 @@ class Twin(nn.Module):
         self.closing = tokenizer("<|vision_end|>", add_special_tokens=False).input_ids
 
     def inject(self, features: torch.Tensor):
-        """Features `[B, 4, 256, width]` to the base `[B, 64, d]` and stacks by layer: stack k before layer k + 1."""
+        """Features `[B, 4, 576, width]` to the base `[B, 64, d]` and stacks by layer: stack k before layer k + 1."""
         visual, batch = self.model.model.visual, len(features)
         mergers = [*visual.deepstack_merger_list]
         stacks = {
@@ -205,13 +205,13 @@ class Twin(nn.Module):
         closing = first + side + torch.arange(len(self.closing))
         return torch.cat([torch.arange(first).expand(3, -1), image, closing.expand(3, -1)], 1)
 
-    def forward(self, features: torch.Tensor, rows: packed.Rows | None):
-        """Logits `[S, vocabulary]` at scored positions (None without rows) and the pass."""
+    def forward(self, features: torch.Tensor, rows: packed.Rows | None, dtype: torch.dtype = torch.float32):
+        """Logits `[S, vocabulary]` at scored positions (None without rows) and the pass, layers computed in `dtype`."""
         base, stacks = self.inject(features)
         lead, closing = (torch.tensor(ids, device=features.device) for ids in (self.lead, self.closing))
         places = self.places(round(base.shape[1] ** 0.5))
         language = self.model.model.language_model
-        result = packed.forward(language, lead, base, stacks, rows, WATCHED, INSPECTED, closing, places)
+        result = packed.forward(language, lead, base, stacks, rows, WATCHED, INSPECTED, closing, places, dtype)
         return None if rows is None else self.model.lm_head(result.hidden), result
 
 
@@ -219,25 +219,22 @@ def tower_stage(
     workdir: Path, steps: int, start_steps: int, sample: dataset.Batch, device, seed: int, progress
 ) -> Reader:
     """The frozen tower of both twins, in workdir/taps-tower. It starts from workdir/tower, which is made if need be."""
-    start, out = workdir / "tower", workdir / "taps-tower"
-    if not (start / "tower.pt").exists() or torch.load(start / "tower.pt", weights_only=True)["step"] < start_steps:
-        tower.train_tower(start, start_steps, seed=seed, device=device, progress=progress)
-    old = tower.load_reader(start)
+    out = workdir / "taps-tower"
+    old = tower.load_reader(train.tower_stage(workdir, start_steps, device, seed, progress))
     torch.manual_seed(seed)
     reader = Reader(vision_configuration((), old.tower.config))
-    half = SIDE // 2
-    warm_start(reader, old, tower.to_pixels(sample.high[:64, :half, :half]))
+    warm_start(reader, old, tower.to_pixels(sample.high[:64, : pages.TILE, : pages.TILE]))
     options = {"batch": TOWER_BATCH, "rate": TOWER_RATE, "reader": reader, "side": SIDE}
     tower.train_tower(out, steps, seed=seed, device=device, progress=progress, **options)
     return load_reader(out)
 
 
 def features_of(reader: Reader, file: Path, made_by: Path) -> tuple[dataset.Batch, torch.Tensor]:
-    """A file of scenes with its tower features, which are made once, after the tower's file, and kept beside it."""
+    """A file of scenes, their pixels left out, with its tower features, made once, after the tower, kept beside it."""
     batch, kept = dataset.load(file), file.with_suffix(".taps.pt")
     if not kept.exists() or kept.stat().st_mtime < made_by.stat().st_mtime:
         torch.save(encode(reader, batch), kept)
-    return batch, torch.load(kept, weights_only=True, mmap=True)
+    return batch.without_views(), torch.load(kept, weights_only=True, mmap=True)
 
 
 def export(twin: Twin, reader: Reader, tokenizer, out: Path) -> None:
@@ -300,7 +297,7 @@ def train_taps(
     for file, source in curves.items():
         (out / file).write_text(source.read_text())
     minutes = {
-        "start of the tower": _last(workdir / "tower" / "tower.jsonl")["minutes"],
+        "start of the tower": train.tower_curve(workdir)[1],
         "tower": _last(curves["tower.jsonl"])["minutes"],
         "language model": _last(curves["curve.jsonl"])["minutes"],
     }
@@ -320,7 +317,7 @@ def train_taps(
             {
                 "stage": "tower",
                 "what": "its blocks, patch and position embeddings taken over, rotary positions added, norm before "
-                "the blocks folded in; trained on by the same labels on views of 128 pixels; frozen, for both twins",
+                "the blocks folded in; trained on by the same labels on views of 192 pixels; frozen, for both twins",
                 "steps": tower_steps,
                 "batch": TOWER_BATCH,
             },

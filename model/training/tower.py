@@ -44,8 +44,8 @@ def accelerator_for(device: str | None) -> Accelerator:
     return Accelerator(mixed_precision="bf16" if fast else "no", cpu=not cuda)
 
 
-def muon_dtype(accelerator: Accelerator) -> torch.dtype:
-    """What Muon iterates in: the precision of the forward pass."""
+def compute_dtype(accelerator: Accelerator) -> torch.dtype:
+    """What matrices are multiplied in, in the forward pass and in Muon's iteration."""
     return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
 
 
@@ -53,7 +53,7 @@ def machine(device: str | None) -> dict[str, str | int]:
     """What a run was made on, for its recipe."""
     accelerator = accelerator_for(device)
     precision = "bfloat16" if accelerator.mixed_precision == "bf16" else "float32"
-    return {"device": str(accelerator.device), "tower_precision": precision, "threads": torch.get_num_threads()}
+    return {"device": str(accelerator.device), "precision": precision, "threads": torch.get_num_threads()}
 
 
 def config(width: int = WIDTH, layers: int = LAYERS) -> CLIPVisionConfig:
@@ -108,15 +108,15 @@ def to_pixels(tiles: np.ndarray) -> torch.Tensor:
     return (torch.from_numpy(np.ascontiguousarray(tiles)).permute(0, 3, 1, 2).float() / 255 - MEAN) / STD
 
 
-def _make_sheets(queue, seed: int, low_only: bool):
+def _make_sheets(queue, seed: int, low_only: bool, glyphs: dict[int, float]):
     """Background process: dense pages and scenes for ever."""
     os.nice(5)  # the trainer comes first; a sheet serves many tiles
     rng = np.random.default_rng(seed)
     while True:
         if not low_only and rng.random() < 0.6:
-            queue.put(("page", pages.dense_page(rng)))
+            queue.put(("page", pages.dense_page(rng, glyphs=glyphs)))
         else:
-            scene = scenes.make_scene(rng)
+            scene = scenes.make_scene(rng, glyphs=glyphs)
             low, high = pages.scene_sheets(scene.image, scene.glyphs, scene.things)
             queue.put(("low", low))
             if not low_only:
@@ -132,12 +132,18 @@ class Sheets:
     MOST = {"page": 2500, "low": 8000, "high": 8000}  # sheets kept; then a new one replaces a random one
 
     def __init__(
-        self, seed: int, low_only: bool = False, held_out: int = 150, fewest: int = 40, side: int = pages.TILE
+        self,
+        seed: int,
+        low_only: bool = False,
+        held_out: int = 150,
+        fewest: int = 40,
+        side: int = pages.TILE,
+        glyphs: dict[int, float] = pages.GLYPHS,
     ):
         """Draws `held_out` sheets for validation first, then waits for `fewest` of each kind."""
         context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
         self.queue = context.Queue(64)
-        self.maker = context.Process(target=_make_sheets, args=(self.queue, seed, low_only), daemon=True)
+        self.maker = context.Process(target=_make_sheets, args=(self.queue, seed, low_only, glyphs), daemon=True)
         self.maker.start()
         self.rng = np.random.default_rng(seed)
         self.side = side
@@ -201,12 +207,14 @@ def train_tower(
     log=print,
     reader: nn.Module | None = None,
     side: int = pages.TILE,
+    glyphs: dict[int, float] = pages.GLYPHS,
 ) -> None:
     """Train for `steps` steps of `batch` tiles and write out/tower.pt with its heads; resumable, and done at once
     where done.
 
     With `low_only` the tower sees global views alone: its character accuracy is the ceiling of what they can tell.
-    `reader` is another tower with the same heads, to be trained on tiles of `side` pixels.
+    `reader` is a tower that has learned something, or one of another kind with the same heads, to be trained on tiles
+    of `side` pixels. `glyphs` are the capital heights of its text, pixels, and their shares.
     """
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -217,7 +225,7 @@ def train_tower(
     chosen = {id(p) for p in matrices}
     others = [p for p in reader.parameters() if id(p) not in chosen]
     optimizers = [
-        Muon(matrices, lr=rate, dtype=muon_dtype(accelerator)),
+        Muon(matrices, lr=rate, dtype=compute_dtype(accelerator)),
         torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01),
     ]
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
@@ -226,12 +234,12 @@ def train_tower(
         saved = torch.load(state, weights_only=True)
         reader.load_state_dict(saved["reader"])
         first, spent = saved["step"], saved["minutes"]
+        if first >= steps:
+            return
         for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(values)
-    if first >= steps:
-        return
     short = max(2, steps // 10)  # a trial run does not wait for many sheets
-    sheets = Sheets(seed + 1 + first, low_only, min(150, short), min(40, short), side)
+    sheets = Sheets(seed + 1 + first, low_only, min(150, short), min(40, short), side, glyphs)
     started = time.time() - spent * 60
     for step in range(first, steps):
         factor = min(1.0, (step + 1) / 100, max(0.02, (1 - step / steps) / 0.5))

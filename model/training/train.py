@@ -14,7 +14,7 @@ import torch
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from model.errors import UserError
-from model.training import dataset, tower, twins
+from model.training import dataset, pages, tower, twins
 from model.training.pages import TILE
 from model.training.tokenizer import make_tokenizer
 
@@ -23,9 +23,10 @@ NAMES = (*twins.MERGE, "taps", "taps-single")
 SHARD = 2500  # scenes in a file
 SHARDS = 8
 VALIDATION_SEED, TRAINING_SEED = 900_001, 1000  # test scenes use other seeds: see app/card.py
-TOWER_STEPS = 5200
-STEPS = 6000
-LOW_STEPS = 800  # of a tower that sees global views alone: 51,000, the shared tower sees 40,000 beside larger text
+FIRST_TOWER_STEPS, FIRST_TOWER_RATE = 5200, 0.02  # of the tower on smaller text, from nothing
+TOWER_STEPS, TOWER_RATE = 4000, 0.012  # of the tower after that, on text as tall as in scenes
+STEPS = 5200
+LOW_STEPS = 1500  # of a tower that sees global views alone
 LEGIBILITY_SCENES, LEGIBILITY_SEED = 300, 7003
 
 
@@ -48,14 +49,40 @@ def data_stage(workdir: Path, shards: int, progress, per_shard: int = SHARD):
     return files, workdir / "data" / "validation.pkl"
 
 
+def first_tower_steps(steps: int) -> int:
+    """How many steps on smaller text go before `steps` on text as tall as in scenes."""
+    return round(FIRST_TOWER_STEPS * steps / TOWER_STEPS)
+
+
+def tower_stage(workdir: Path, steps: int, device, seed: int, progress) -> Path:
+    """The tower that the twins share, in workdir/tower: from nothing on smaller text, then `steps` steps on text as
+    tall as in scenes. Returns its folder."""
+    first, out = workdir / "first-tower", workdir / "tower"
+    options = {"seed": seed, "device": device, "progress": progress}
+    begun = (out / "tower.pt").exists()
+    if not begun:
+        glyphs = pages.SMALLER_GLYPHS
+        tower.train_tower(first, first_tower_steps(steps), rate=FIRST_TOWER_RATE, glyphs=glyphs, **options)
+    reader = tower.load_reader(out if begun else first).train().requires_grad_(True)
+    tower.train_tower(out, steps, rate=TOWER_RATE, reader=reader, **options)
+    return out
+
+
+def tower_curve(workdir: Path) -> tuple[str, float]:
+    """What the stages of the shared tower logged, and the minutes they took."""
+    stages = [workdir / folder / "tower.jsonl" for folder in ("first-tower", "tower")]
+    curves = [file.read_text() for file in stages if file.exists()]
+    return "".join(curves), round(sum(json.loads(curve.splitlines()[-1])["minutes"] for curve in curves), 2)
+
+
 def features_of(reader: tower.Reader, file: Path) -> tuple[dataset.Batch, torch.Tensor]:
-    """A file of scenes with its tower features, which are made once and kept beside it."""
+    """A file of scenes, their pixels left out, with its tower features, which are made once and kept beside it."""
     batch, kept = dataset.load(file), file.with_suffix(".features.pt")
     if kept.exists() and kept.stat().st_mtime > (file.parent.parent / "tower" / "tower.pt").stat().st_mtime:
-        return batch, torch.load(kept, weights_only=True, mmap=True)
+        return batch.without_views(), torch.load(kept, weights_only=True, mmap=True)
     features = twins.encode(reader, batch)
     torch.save(features, kept)
-    return batch, features
+    return batch.without_views(), features
 
 
 def legibility_stage(workdir: Path, steps: int, out: Path, scenes: int, device, seed: int, progress) -> None:
@@ -133,16 +160,14 @@ def train(
         options = {"device": device, "seed": seed, "resume": resume, "progress": progress}
         return train_taps(name, workdir=workdir, out=out, steps=steps, **options)
     files, validation = data_stage(workdir, shards, progress, per_shard)
-    tower.train_tower(workdir / "tower", tower_steps, seed=seed, device=device, progress=progress)
-    reader = tower.load_reader(workdir / "tower")
+    reader = tower.load_reader(tower_stage(workdir, tower_steps, device, seed, progress))
     data = [features_of(reader, file) for file in files]
     twin = twins.train_twin(
         name, reader, data, features_of(reader, validation), run, steps, seed=seed, device=device, progress=progress
     )
-    tower_curve = (workdir / "tower" / "tower.jsonl").read_text()
     curve = (run / "curve.jsonl").read_text()
     last = json.loads(curve.splitlines()[-1])
-    tower_minutes = json.loads(tower_curve.splitlines()[-1])["minutes"]
+    tower_log, tower_minutes = tower_curve(workdir)
     recipe = {
         "name": name,
         "merge": twins.MERGE[name],
@@ -150,7 +175,7 @@ def train(
         "scenes": shards * per_shard,
         **twins.shown(steps),
         "training_losses": "answers; pointing at the answer; contents and question words of visual tokens",
-        "tower_steps": tower_steps,
+        "tower_steps": [first_tower_steps(tower_steps), tower_steps],
         "tower_minutes": tower_minutes,
         "language_model_minutes": last["minutes"],
         "hours": round((tower_minutes + last["minutes"]) / 60, 2),
@@ -159,7 +184,7 @@ def train(
     }
     export(twin, reader, out, recipe)
     (out / "curve.jsonl").write_text(curve)
-    (out / "tower.jsonl").write_text(tower_curve)
+    (out / "tower.jsonl").write_text(tower_log)
     if name == "hires-single":
         count = min(LEGIBILITY_SCENES, shards * per_shard)
         legibility_stage(workdir, min(LOW_STEPS, tower_steps), out, count, device, seed, progress)

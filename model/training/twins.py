@@ -1,7 +1,7 @@
 """Train the DeepStack-L shaped language models on a frozen tower: `hires`, `hires-single`, `hires-concat`.
 
 All three see the same scenes, the same questions in the same order, the same number of steps and the same seed; they
-differ in what enters: four stacks, nothing beyond the global view, or the same pixels merged once into the input.
+differ in what enters: nine stacks, nothing beyond the global view, or the same pixels merged once into the input.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +18,23 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from model.training import dataset, packed, scenes, strings
-from model.training.canvas import CHARACTERS, COLOURS, SHAPES
+from model.training.canvas import CHARACTERS, COLOURS, SHAPES, SIDE
 from model.training.muon import Muon
+from model.training.pages import TILE
 from model.training.tokenizer import make_tokenizer
-from model.training.tower import Reader, accelerator_for, muon_dtype, to_pixels
+from model.training.tower import Reader, accelerator_for, compute_dtype, to_pixels
 
 MERGE = {"hires": "stack", "hires-single": "none", "hires-concat": "concat"}
-START, INTERVAL, CROPS = 1, 1, 4  # the paper's defaults: stacks before layers 1, 2, 3, 4
+TILES = SIDE // TILE  # per side of the high-resolution view
+START, INTERVAL, CROPS = 1, 1, TILES**2  # the paper's defaults, with more tiles: stacks before layers 1, 2, ... 9
 BATCH = 8  # scenes in a step
 ROWS = 12  # questions asked of a scene at once
-LOOK_SHARE = 0.17  # of the steps: the first ones ask nothing, image rows only learn what they hold
+LOOK_SHARE = 0.1635  # of the steps: the first ones ask nothing, image rows only learn what they hold
 LOOK_BATCH = 32  # scenes in such a step
-FINE_SHARE = 0.7  # of the questions asked
+DECAY_SHARE = 0.53  # of the steps: the last ones, over which the rate falls
+FINE_SHARE = 0.65  # of the questions asked
+# among a scene's coarse questions: the same few stand under every picture, and some take long to learn
+TOPIC_WEIGHTS = {"picture": 0.25, "count_all": 3.0, "count_shape": 3.0, "taller": 3.0}
 OUT_OF_SCOPE_SHARE = 0.03
 SECOND_TURN_SHARE = 0.08
 SAVE_EVERY = 200  # steps
@@ -39,13 +43,11 @@ WORDS = (  # words that single out a place: their embeddings are drawn towards t
     *(word.lower() for word in (*strings.FIELDS, *strings.ITEMS)),
 )
 _WORD = {word: number for number, word in enumerate(WORDS)}
-INSPECTED, WATCHED = (
-    6,
-    (6, 7),
-)  # layer whose input must know the contents; layers whose head 0 is shown the answer's place
+INSPECTED = 10  # the layer whose input must know the contents: all stacks are in
+WATCHED = (10, 11)  # layers whose head 0 is shown the answer's place
 WEIGHTS = {"answer": 1.0, "point": 0.5, "contents": 0.3, "words": 0.3, "asked": 0.1}  # of the losses
 LOOK_WEIGHTS = {"contents": 1.0, "words": 1.0}
-WIDTH, LAYERS = 128, 8
+WIDTH, LAYERS = 128, 12
 
 
 def configuration(
@@ -88,21 +90,23 @@ def configuration(
 
 @torch.no_grad()
 def encode(reader: Reader, batch: dataset.Batch, chunk: int = 32) -> torch.Tensor:
-    """Tower features of every scene, float16 `[n, 5, 64, width]`: the global view, then four samples of the mosaic,
+    """Tower features of every scene, float16 `[n, 10, 64, width]`: the global view, then nine samples of the mosaic,
     2d-dilated.
     """
-    n = len(batch.low)
-    out = torch.empty(n, 1 + CROPS, 64, reader.tower.config.hidden_size, dtype=torch.float16)
+    n, side = len(batch.low), dataset.GRID
+    out = torch.empty(n, 1 + CROPS, side**2, reader.tower.config.hidden_size, dtype=torch.float16)
     for start in range(0, n, chunk):
         low, high = batch.low[start : start + chunk], batch.high[start : start + chunk]
         b = len(low)
-        tiles = high.reshape(b, 2, 64, 2, 64, 3).swapaxes(2, 3).reshape(b * 4, 64, 64, 3)
+        tiles = high.reshape(b, TILES, TILE, TILES, TILE, 3).swapaxes(2, 3).reshape(b * CROPS, TILE, TILE, 3)
         features = reader.features(torch.cat([to_pixels(low), to_pixels(tiles)]))
         out[start : start + b, 0] = features[:b].half()
-        mosaic = features[b:].view(b, 2, 2, 8, 8, -1).transpose(2, 3).reshape(b, 16, 16, -1)
-        for i in range(2):
-            for j in range(2):
-                out[start : start + b, 1 + 2 * i + j] = mosaic[:, i::2, j::2].reshape(b, 64, -1).half()
+        mosaic = features[b:].view(b, TILES, TILES, side, side, -1).transpose(2, 3)
+        mosaic = mosaic.reshape(b, TILES * side, TILES * side, -1)
+        for i in range(TILES):
+            for j in range(TILES):
+                sample = mosaic[:, i::TILES, j::TILES]
+                out[start : start + b, 1 + TILES * i + j] = sample.reshape(b, side**2, -1).half()
     return out
 
 
@@ -142,8 +146,8 @@ class Questions:
         fine = [i for i in items if i.question.kind == "fine"]
         coarse = [i for i in items if i.question.kind == "coarse"]
         group = fine if fine and (rng.random() < FINE_SHARE or not coarse) else coarse
-        if group is coarse:  # the same few questions stand under every picture: ask them less
-            weights = np.array([0.25 if i.question.topic == "picture" else 1.0 for i in group])
+        if group is coarse:
+            weights = np.array([TOPIC_WEIGHTS.get(i.question.topic, 1.0) for i in group])
             item = group[int(rng.choice(len(group), p=weights / weights.sum()))]
         else:
             item = group[int(rng.integers(len(group)))]
@@ -224,7 +228,7 @@ def place_words(question: scenes.Question) -> list[int]:
 class Twin(nn.Module):
     """Projector, decoder and training-only heads of one variant; `merge` is what enters.
 
-    features: a sample of the tower's, `[n, 5, 64, width]`. Their directions differ a thousandfold in size, so the
+    features: a sample of the tower's, `[n, 10, 64, width]`. Their directions differ a thousandfold in size, so the
     projector is trained on whitened ones, with a floor under small directions; `fold` puts that into its first layer.
     """
 
@@ -259,7 +263,7 @@ class Twin(nn.Module):
         self.whiten.copy_(torch.eye(len(self.whiten)))
 
     def inject(self, features: torch.Tensor):
-        """Features `[B, 5, 64, width]` to the base `[B, 64, d]` and the stacks by layer."""
+        """Features `[B, 10, 64, width]` to the base `[B, 64, d]` and the stacks by layer."""
         features = (features - self.centre) @ self.whiten
         if self.merge == "concat":
             return self.projector(features.transpose(1, 2).flatten(2)), {}
@@ -268,11 +272,12 @@ class Twin(nn.Module):
         rows = self.projector(features)
         return rows[:, 0], {START + INTERVAL * s: rows[:, 1 + s] for s in range(CROPS)}
 
-    def forward(self, features: torch.Tensor, rows: packed.Rows | None):
-        """Logits `[S, vocabulary]` at scored positions (None without rows) and the pass."""
+    def forward(self, features: torch.Tensor, rows: packed.Rows | None, dtype: torch.dtype = torch.float32):
+        """Logits `[S, vocabulary]` at scored positions (None without rows) and the pass, layers computed in `dtype`."""
         base, stacks = self.inject(features)
         lead = torch.tensor([2, 5], device=features.device)
-        result = packed.forward(self.model.model.language_model, lead, base, stacks, rows, WATCHED, INSPECTED)
+        language = self.model.model.language_model
+        result = packed.forward(language, lead, base, stacks, rows, WATCHED, INSPECTED, dtype=dtype)
         return None if rows is None else self.model.lm_head(result.hidden), result
 
 
@@ -316,18 +321,19 @@ def fit(
     """Train what needs a gradient in `twin`, called as a Twin is; resumable from out/last.pt.
 
     The first steps ask nothing: with many scenes at once and no question tokens, image rows learn what they hold in a
-    seventh of the steps that answers need for it. bfloat16 on CUDA; float32 on the CPU, where
-    layers as narrow gain nothing from bfloat16.
+    seventh of the steps that answers need for it. The decoder's layers run in bfloat16 where the machine is fast in it,
+    around a residual stream in float32.
     """
     out.mkdir(parents=True, exist_ok=True)
     llama = twin.model.model.language_model
     matrices = [p for p in llama.layers.parameters() if p.ndim == 2]
     accelerator = accelerator_for(device)
+    dtype = compute_dtype(accelerator)
     twin.to(accelerator.device)
     chosen = {id(p) for p in matrices}
     others = [p for p in twin.parameters() if p.requires_grad and id(p) not in chosen]
     optimizers = [
-        Muon(matrices, lr=rate, dtype=muon_dtype(accelerator)),
+        Muon(matrices, lr=rate, dtype=dtype),
         torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
@@ -352,11 +358,10 @@ def fit(
         items = [data[s][0].items[i] for s, i in picked]
         truth = questions.grounding(items).to(accelerator.device)
         rows = questions.rows(items, rng).to(accelerator.device) if step >= looks else None
-        factor = min(1.0, (step + 1) / 100, max(0.02, (1 - step / steps) / 0.6))
+        factor = min(1.0, (step + 1) / 100, max(0.02, (1 - step / steps) / DECAY_SHARE))
         for optimizer, rate_ in zip(optimizers, rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate_ * factor
-        with accelerator.autocast() if accelerator.device.type == "cuda" else nullcontext():
-            logits, result = twin(features, rows)
+        logits, result = twin(features, rows, dtype)
         words = llama.embed_tokens.weight[questions.words]
         losses = {
             "contents": twin.heads.contents_loss(result.seen, contents),

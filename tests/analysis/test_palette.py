@@ -24,13 +24,13 @@ def test_one_colour_for_either_background():
     both = palette.theme(None)
     for surface in (palette.LIGHT_SURFACE, palette.DARK_SURFACE):
         assert palette.contrast_ratio(both.ink, surface) >= 4
-        for source in ("base", *map(str, range(8))):
+        for source in ("base", *map(str, range(9))):
             assert palette.contrast_ratio(palette.colour(source), surface) >= 2
 
 
-def test_the_first_eight_stacks_differ_and_base_is_grey():
-    assert len({palette.colour(str(i)) for i in range(8)} | {palette.colour("base")}) == 9
-    assert palette.colour("8") == palette.colour("0")
+def test_the_first_nine_stacks_differ_and_base_is_grey():
+    assert len({palette.colour(str(i)) for i in range(9)} | {palette.colour("base")}) == 10
+    assert palette.colour("9") == palette.colour("0")
     red, green, blue = (int(palette.colour("base")[i : i + 2], 16) for i in (1, 3, 5))
     assert max(red, green, blue) - min(red, green, blue) < 24
 

@@ -42,4 +42,4 @@ def session() -> Session:
 @pytest.fixture
 def focus() -> Focus:
     """The example receipt in focus."""
-    return Focus(images=("receipt.png",), example="receipt.png", question="What does the honey cost?", truth="2.27")
+    return Focus(images=("receipt.png",), example="receipt.png", question="What does the lemon cost?", truth="5.63")

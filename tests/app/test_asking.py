@@ -90,8 +90,8 @@ def test_asking_again_uses_the_same_words_under_another_model_and_plan(desk, ses
 
 
 def test_the_truth_is_known_for_an_example_s_own_question(desk, session):
-    own = asking.prepare(desk, **{**ASK, "question": "what does the HONEY cost?"})
-    assert asking.refocused(desk, Focus(), "r", own).truth == "2.27"
+    own = asking.prepare(desk, **{**ASK, "question": "what does the LEMON cost?"})
+    assert asking.refocused(desk, Focus(), "r", own).truth == "5.63"
     other = asking.prepare(desk, **ASK)
     assert asking.refocused(desk, Focus(), "r", other).truth == ""
 

@@ -13,7 +13,7 @@ from app.url import MAX_CHARS, Place, decode, encode
     "place",
     [
         Place(),
-        Place("embedded/hires", "base@0,0@1*0.5", "receipt.png", "What does the honey cost?", "stacks"),
+        Place("embedded/hires", "base@0,0@1*0.5", "receipt.png", "What does the lemon cost?", "stacks"),
         Place(question="a&b=c #d% +é “x”"),
         Place(plan="none"),
     ],

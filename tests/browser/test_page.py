@@ -105,10 +105,11 @@ def test_a_switch_answers_again(visit) -> None:
     expect(page.locator("#dl-live-answer")).to_contain_text("No question yet")
     pick(page)
     card = page.locator(".dl-answer-card:not(.dl-busy)")
-    expect(card).to_contain_text("honey")
+    expect(card).to_contain_text("lemon")
     expect(card.locator(".dl-badge").first).to_have_text("trained")
-    expect(page.locator(".dl-subset")).to_have_count(16)
+    expect(page.locator(".dl-subset")).to_have_count(32)
     trained = plan(page).input_value()
+    expect(arrow(page, "2").locator(".dl-line")).to_be_visible()
     arrow(page, "2").locator(".dl-hit-end").click()
     expect(card.locator(".dl-badge").first).to_have_text("ablated")
     expect(card).to_contain_text("before, under")
@@ -207,12 +208,12 @@ def test_layers_link_words_tokens_and_layers(visit) -> None:
         expect(page.locator(".dl-pinned")).to_have_count(0)
         expect(word).to_have_attribute("aria-pressed", "false")
     page.get_by_role("button", name="What is injected").click()
-    expect(page.locator(".dl-map")).to_have_count(5)
+    expect(page.locator(".dl-map")).to_have_count(10)
     page.locator("#dl-look-body").get_by_label("csv").check()
     with page.expect_download() as started:
         page.get_by_role("button", name="Download", exact=True).click()
     table = Path(started.value.path()).read_text(encoding="utf-8")
-    assert len(list(csv.reader(io.StringIO(table)))) > 5 * 16
+    assert len(list(csv.reader(io.StringIO(table)))) > 10 * 64
     assert started.value.suggested_filename.endswith(".csv")
 
 
@@ -221,7 +222,7 @@ def test_compare_runs_side_by_side(visit) -> None:
     ready(page)
     open_tab(page, "Compare")
     pick(page)
-    expect(page.get_by_label("Truth, if it is known")).to_have_value("2.27")
+    expect(page.get_by_label("Truth, if it is known")).to_have_value("5.63")
     page.get_by_role("button", name="Run the comparison").click()
     expect(page.locator(".dl-pair")).to_have_count(3)
     badges = page.locator(".dl-column .dl-badge")
@@ -231,7 +232,7 @@ def test_compare_runs_side_by_side(visit) -> None:
 
 
 def test_two_visitors_at_once_get_what_each_gets_alone(visit) -> None:
-    plans = ("base@0,0@1,1@2,2@3,3@4", "none")
+    plans = ("base@0,0@1,1@2,2@3,3@4,4@5,5@6,6@7,7@8,8@9", "none")
 
     def said(visitors: list[Visitor]) -> list[str]:
         for visitor in visitors:

@@ -11,7 +11,7 @@ from model.errors import UserError
 from tests.app.given import HIRES, SETTINGS, SINGLE, TAPS, last, skipped
 
 
-def go(desk, session, focus, columns=((HIRES, ""), (SINGLE, ""), (HIRES, "base@0")), truth="2.27", count=3):
+def go(desk, session, focus, columns=((HIRES, ""), (SINGLE, ""), (HIRES, "base@0")), truth="5.63", count=3):
     flat = [value for column in columns for value in column]
     return compare.run(desk, "What is it?", truth, count, *flat, *SETTINGS, session, focus)
 
@@ -70,7 +70,7 @@ def test_a_client_without_a_page_is_given_an_id(desk, focus):
 
 def test_the_current_question_is_filled_in_once(desk, focus):
     question, truth, filled, image = compare.opened(desk, "", "", "", focus)
-    assert (question, truth, filled) == (focus.question, "2.27", focus.question) and "<img" in image
+    assert (question, truth, filled) == (focus.question, "5.63", focus.question) and "<img" in image
     assert compare.opened(desk, "my own", "mine", filled, focus)[:2] == ("my own", "mine")
     assert "No image yet" in compare.opened(desk, "", "", "", Focus())[3]
 

@@ -85,7 +85,7 @@ def test_every_map_can_be_taken_away_as_shown(desk, asked, mode):
     record = desk.store.record(asked[1].record)
     seen = looking.see(desk.engine(HIRES), record)
     maps, picture, fixed = layers.as_shown(record, seen, json.dumps(STATE | {"mode": mode, "layer": 1, "fixed": False}))
-    assert len(maps) == (2 if mode == "injected" else 1) and not fixed and picture.size == (256, 256)
+    assert len(maps) == (2 if mode == "injected" else 1) and not fixed and picture.size == (384, 384)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def test_a_change_answers_again_beside_the_answer_before(desk, session, focus):
     first = last(go(desk, session, focus))
     assert "before" not in first[3]
     question, kept, focus, card, strip, felt, bars = last(go(desk, session, first[2], plan="base@0,0@1"))
-    assert question == "What does the honey cost?" and kept is None
+    assert question == "What does the lemon cost?" and kept is None
     now, before = desk.store.record(focus.record), desk.store.record(focus.before)
     assert now.answer.plan == Plan.parse("base@0,0@1") and before.answer.plan == Plan.parse(PLAN)
     assert "before, under" in card and ">ablated<" in card and "truth" in card

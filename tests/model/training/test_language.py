@@ -144,22 +144,22 @@ def test_muon_takes_matrices_of_one_shape_together_and_changes_each_as_alone():
 
 
 def test_features_are_the_dilated_mosaic(small):
-    """Stack 2i + j holds token (2y + i, 2x + j) of the high-resolution grid, computed here tile by tile."""
+    """Stack 3i + j holds token (3y + i, 3x + j) of the high-resolution grid, computed here tile by tile."""
     batch, reader, features = small
     high = batch.high[0]
-    grid = np.zeros((16, 16), dtype=object)
-    for top in (0, 1):
-        for left in (0, 1):
+    grid = np.zeros((24, 24), dtype=object)
+    for top in range(3):
+        for left in range(3):
             tile = high[top * 64 : top * 64 + 64, left * 64 : left * 64 + 64]
             rows = reader.features(tower.to_pixels(tile[None]))[0].view(8, 8, -1)
             for y in range(8):
                 for x in range(8):
                     grid[top * 8 + y, left * 8 + x] = rows[y, x]
-    for i in (0, 1):
-        for j in (0, 1):
+    for i in range(3):
+        for j in range(3):
             for y, x in ((0, 0), (3, 5), (7, 7)):
-                stored = features[0, 1 + 2 * i + j, y * 8 + x].float()
-                torch.testing.assert_close(stored, grid[2 * y + i, 2 * x + j], atol=2e-3, rtol=2e-3)
+                stored = features[0, 1 + 3 * i + j, y * 8 + x].float()
+                torch.testing.assert_close(stored, grid[3 * y + i, 3 * x + j], atol=2e-3, rtol=2e-3)
 
 
 def test_grounded_words_are_single_tokens(tokenizer):
@@ -207,7 +207,7 @@ def test_two_steps_to_a_folder_that_loads_and_answers_alike(name, workdir, tmp_p
     out = train.train(name, out=tmp_path / name, device="cpu", **options)
     engine = load(str(out))
     batch = dataset.load(workdir / "data" / "validation.pkl")
-    assert engine.layout.stack_names == (("0", "1", "2", "3") if name == "hires" else ())
+    assert engine.layout.stack_names == (tuple("012345678") if name == "hires" else ())
 
     reader = tower.load_reader(workdir / "tower")
     twin = twins.Twin(twins.MERGE[name], reader.tower.config, len(tokenizer), twins.encode(reader, batch))
@@ -236,11 +236,11 @@ def test_two_steps_to_a_folder_that_loads_and_answers_alike(name, workdir, tmp_p
 
 
 def test_what_a_run_has_shown_is_counted():
-    """100 steps: 17 with 32 scenes and no question, 83 with 8 scenes of 12 questions each."""
+    """100 steps: 16 with 32 scenes and no question, 84 with 8 scenes of 12 questions each."""
     shown = twins.shown(100)
     assert shown == {
         "steps": 100,
-        "steps_without_questions": 17,
-        "scenes_seen": 17 * 32 + 83 * 8,
-        "questions_seen": 7968,
+        "steps_without_questions": 16,
+        "scenes_seen": 16 * 32 + 84 * 8,
+        "questions_seen": 8064,
     }

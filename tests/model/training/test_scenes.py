@@ -25,7 +25,7 @@ def test_fine_answers_are_the_drawn_strings(name):
         for question in drawn.questions:
             if question.kind == "fine":
                 assert texts[question.string] == question.answer
-                assert question.glyph_px in pages.GLYPH_SIZES and question.font in fonts.TRAIN
+                assert question.glyph_px in pages.GLYPHS and question.font in fonts.TRAIN
             else:
                 assert question.glyph_px is None
 
@@ -159,8 +159,8 @@ def test_the_place_of_a_glyph_is_where_its_label_stands():
     _, high = pages.scene_sheets(scene.image, scene.glyphs, scene.things)
     last = {pages.place_of(glyph, SIDE): glyph for glyph in high.glyphs}
     last.pop(None, None)
-    assert len(last) > 20 and {tile for tile, _, _ in last} == {0, 1, 2, 3}
+    assert len(last) > 20 and len({tile for tile, _, _ in last}) > 3
     for (tile, patch, half), glyph in last.items():
-        _, labels = high.tile(tile % 2 * pages.TILE, tile // 2 * pages.TILE)
+        _, labels = high.tile(tile % 3 * pages.TILE, tile // 3 * pages.TILE)
         assert labels[half].reshape(-1)[patch] == CHARACTERS.index(glyph.character) + 1
     assert pages.place_of(high.glyphs[0].__class__("A", -1.0, 5.0, 0, 0, "red"), SIDE) is None

@@ -73,7 +73,7 @@ def test_packed_pass_equals_transformers_from_the_pixels_on(name, reader, clip, 
             expected = twin.model(
                 input_ids=ids,
                 pixel_values=taps.patches(pixels[i // 3][None]),
-                image_grid_thw=torch.tensor([[1, 16, 16]]),
+                image_grid_thw=torch.tensor([[1, 24, 24]]),
                 mm_token_type_ids=(ids == image).int(),
             ).logits[0, len(prefix) :]
             scored = rows.targets[i, :length] != -100
@@ -107,24 +107,24 @@ def test_patches_are_the_image_processors(batch):
     """Bit for bit, from a picture of three times the view's side; every square becomes 16 x 16 patches."""
     processor = Qwen2VLImageProcessorPil(
         size={"shortest_edge": taps.LEAST_PIXELS, "longest_edge": taps.MOST_PIXELS},
-        **{"patch_size": 8, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+        **{"patch_size": 8, "merge_size": 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
     )
     picture = Image.fromarray(batch.high[0]).resize((384, 384), Image.Resampling.BICUBIC)
-    high = np.array(picture.resize((128, 128), Image.Resampling.BICUBIC))
+    high = np.array(picture.resize((192, 192), Image.Resampling.BICUBIC))
     made = processor(images=[picture], return_tensors="pt")
     assert torch.equal(made["pixel_values"], taps.patches(tower.to_pixels(high[None])))
     for side in range(16, 700):
-        assert smart_resize(side, side, 16, taps.LEAST_PIXELS, taps.MOST_PIXELS) == (128, 128), side
+        assert smart_resize(side, side, 24, taps.LEAST_PIXELS, taps.MOST_PIXELS) == (192, 192), side
 
 
 def test_warm_start_takes_the_clip_tower_over(reader, clip, batch):
-    """What enters the blocks points where CLIP's normed embedding does, on a tile at any of the four places."""
+    """What enters the blocks points where CLIP's normed embedding does, on a tile at any of the nine places."""
     tile = tower.to_pixels(batch.high[:1, :64, :64])
     old = clip.tower(tile, output_hidden_states=True).hidden_states[0][0, 1:]
-    states = reader.tower(taps.patches(tile.repeat(1, 1, 2, 2)), torch.tensor([[1, 16, 16]]), output_hidden_states=True)
-    new = states.hidden_states[0].view(8, 8, 2, 2, -1).transpose(1, 2).reshape(16, 16, -1)
-    for top in (0, 8):
-        for left in (0, 8):
+    states = reader.tower(taps.patches(tile.repeat(1, 1, 3, 3)), torch.tensor([[1, 24, 24]]), output_hidden_states=True)
+    new = states.hidden_states[0].view(8, 8, 3, 3, -1).transpose(1, 2).reshape(24, 24, -1)
+    for top in (0, 8, 16):
+        for left in (0, 8, 16):
             there = new[top : top + 8, left : left + 8].reshape(64, -1)
             assert torch.cosine_similarity(there, old).min() > 0.97
     ours, theirs = reader.tower.blocks[2], clip.tower.encoder.layers[2]
@@ -133,12 +133,12 @@ def test_warm_start_takes_the_clip_tower_over(reader, clip, batch):
 
 
 def test_features_are_row_by_row(reader, batch):
-    """A change of the patch in row 3, column 6 is largest in feature 3 * 16 + 6."""
+    """A change of the patch in row 3, column 6 is largest in feature 3 * 24 + 6."""
     pixels = tower.to_pixels(batch.high[:1])
     other = pixels.clone()
     other[:, :, 24:32, 48:56] *= -1
     change = (reader.features(other) - reader.features(pixels)).norm(dim=-1)[0]
-    assert change.argmax() == 3 * 16 + 6
+    assert change.argmax() == 3 * 24 + 6
 
 
 @pytest.mark.parametrize("name", list(taps.TAPS))
@@ -171,7 +171,7 @@ def test_two_steps_to_a_folder_that_answers_as_in_training(name, clip, tokenizer
     said = [token.id for token in answer.tokens]
     places = [-100] * (len(asked) - 1) + said + [-100]
     rows = taps.questions_of(tokenizer).pad([(asked + said, places, [-1] * len(places))])
-    high = np.array(scene.image.resize((128, 128), Image.Resampling.BICUBIC))
+    high = np.array(scene.image.resize((192, 192), Image.Resampling.BICUBIC))
     frozen = taps.load_reader(tmp_path / "taps-tower")
     frozen.half().float()
     with torch.no_grad():
