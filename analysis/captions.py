@@ -44,7 +44,8 @@ CAPTIONS = {
         "All but the first are ablated: this shows what the trained model relies on, not what stacks gain in training."
     ),
     "shapley": (
-        "Shows what each stack adds to a token's log-probability, averaged over all orders of switching on; "
+        "Shows what each stack adds to a token's log-probability, averaged over orders of switching on "
+        "(a sample beyond six stacks); "
         "off-distribution for this trained model."
     ),
     "integrated_gradients": (

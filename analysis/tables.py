@@ -120,10 +120,13 @@ def subsets(run: SubsetRun) -> Table:
 
 
 def shapley(run: SubsetRun) -> Table:
-    """One row per token of the target: the stacks' values in nats, and the two scores they lie between."""
-    columns = ["token", *(f"shapley_{stack}" for stack in run.stacks), "logprob_stacks_off", "logprob_stacks_on"]
-    rows = [[text, *run.shapley[:, i], run.scores[0, i], run.scores[-1, i]] for i, text in enumerate(run.tokens)]
-    return _table(columns, rows)
+    """One row per token of the target: the stacks' values in nats, their standard errors where orders were sampled,
+    and the two scores they lie between."""
+    parts = {"shapley": run.shapley} | ({} if run.error is None else {"error": run.error})
+    columns = ["token", *(f"{part}_{stack}" for part in parts for stack in run.stacks)]
+    values = np.concatenate([*parts.values(), run.scores[[0, -1]]]).T
+    rows = [[text, *row] for text, row in zip(run.tokens, values, strict=True)]
+    return _table([*columns, "logprob_stacks_off", "logprob_stacks_on"], rows)
 
 
 def sweep(swept: Sweep) -> Table:

@@ -396,8 +396,9 @@ class Engine:
                 ) from error
 
     def _free(self, error: BaseException) -> None:
-        """Gives back what the frames of a failed pass, which the error keeps, and then torch still hold."""
+        """Gives back what the frames of a failed pass, which the error keeps, what is held, and then torch have."""
         traceback.clear_frames(error.__traceback__)
+        self.forget()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -567,6 +568,7 @@ class Generation:
                 logits = self._prefill() if self._cache is None else self._decode()
                 choices = choose(logits, self.sampling, [self.rows[i].draw for i in self._live])
         except BaseException as error:
+            self._cache = None  # some layers may be a position ahead of others: nothing to hand on
             self.end("stopped")
             if isinstance(error, OutOfMemory):
                 engine._free(error)  # once more: the key-value cache has gone now

@@ -43,13 +43,19 @@ class Need:
         return f"about {gigabytes(self.bytes)} of memory beside the weights ({parts})"
 
     def check(self, engine: Engine) -> None:
-        """UserError with the figure and the way out where that is over the engine's limit or more than is free."""
+        """UserError with the figure and the way out where that is over the engine's limit or more than is free.
+
+        What the engine holds of earlier requests makes room first.
+        """
         if self.bytes > engine.max_memory:
             why = f"at most {gigabytes(engine.max_memory)} may be taken (max_memory)"
-        elif self.bytes > (free := free_memory(engine.device)):
-            why = f"{gigabytes(free)} are free on {engine.device}"
-        else:
+        elif self.bytes <= free_memory(engine.device):
             return
+        else:
+            engine.forget()
+            if self.bytes <= (free := free_memory(engine.device)):
+                return
+            why = f"{gigabytes(free)} are free on {engine.device}"
         ways = ["smaller or fewer images (fewer pixels)"] if self.images else ["a shorter conversation"]
         ways += ["fewer plans at once"] if self.plans > 1 else []
         ways += ["fewer recorded rows"] if self.parts[KEPT] else []

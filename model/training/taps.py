@@ -27,6 +27,7 @@ MERGE = PATCHES // dataset.GRID  # patches per side of a visual token
 LEAST_PIXELS, MOST_PIXELS = 180**2, 195**2  # of a resized upload: every square becomes 192 x 192, rounding or not
 SHARDS = 3  # files of scenes, train.SHARD each: four maps of features a scene fill memory
 TOWER_STEPS, TOWER_BATCH, TOWER_RATE = 600, 16, 0.01  # half the rate of a tower from nothing
+STEPS = 2400  # of each language model, in one cycle of the rate
 WATCHED, INSPECTED = (4, 5), 4  # layers that are shown where the answer is; input that must know the contents
 
 
@@ -263,7 +264,7 @@ def train_taps(
     *,
     workdir: Path,
     out: Path,
-    steps: int,
+    steps: int | None = None,
     device: str | None = None,
     seed: int = 0,
     resume: bool = False,
@@ -278,7 +279,7 @@ def train_taps(
     `steps` are the language model's; `tower_steps` the tower's, after `start_steps` of the CLIP tower that it starts
     from. Every stage goes on from what is in workdir; without `resume`, an earlier language model is dropped.
     """
-    run = workdir / name
+    run, steps = workdir / name, steps or STEPS
     if not resume:
         for file in ("last.pt", "curve.jsonl"):
             (run / file).unlink(missing_ok=True)
@@ -291,7 +292,7 @@ def train_taps(
     twin = Twin(TAPS[name], tower.load_reader(workdir / "tower").tower.config, tokenizer)
     held_out = features_of(reader, validation, made_by)
     options = {"seed": seed, "device": device, "progress": progress}
-    twins.fit(name, twin, questions_of(tokenizer), data, held_out, run, steps, **options)
+    twins.fit(name, twin, questions_of(tokenizer), data, held_out, run, (steps,), **options)
     export(twin, reader, tokenizer, out)
     curves = {"curve.jsonl": run / "curve.jsonl", "tower.jsonl": workdir / "taps-tower" / "tower.jsonl"}
     for file, source in curves.items():
@@ -307,7 +308,7 @@ def train_taps(
         "seed": seed,
         "hours": round(sum(minutes.values()) / 60, 2),
         "scenes": shards * per_shard,
-        **twins.shown(steps),
+        **twins.shown((steps,)),
         "stages": [
             {
                 "stage": "start of the tower",

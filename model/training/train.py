@@ -25,7 +25,7 @@ SHARDS = 8
 VALIDATION_SEED, TRAINING_SEED = 900_001, 1000  # test scenes use other seeds: see app/card.py
 FIRST_TOWER_STEPS, FIRST_TOWER_RATE = 5200, 0.02  # of the tower on smaller text, from nothing
 TOWER_STEPS, TOWER_RATE = 4000, 0.012  # of the tower after that, on text as tall as in scenes
-STEPS = 5200
+STEPS = 9200
 LOW_STEPS = 1500  # of a tower that sees global views alone
 LEGIBILITY_SCENES, LEGIBILITY_SEED = 300, 7003
 
@@ -153,12 +153,12 @@ def train(
         raise UserError(
             f"{run} holds an earlier run of {name}: go on with it by --resume, or choose another --workdir."
         )
-    steps, tower_steps = steps or STEPS, tower_steps or TOWER_STEPS
     if name.startswith("taps"):
         from model.training.taps import train_taps
 
         options = {"device": device, "seed": seed, "resume": resume, "progress": progress}
         return train_taps(name, workdir=workdir, out=out, steps=steps, **options)
+    steps, tower_steps = steps or STEPS, tower_steps or TOWER_STEPS
     files, validation = data_stage(workdir, shards, progress, per_shard)
     reader = tower.load_reader(tower_stage(workdir, tower_steps, device, seed, progress))
     data = [features_of(reader, file) for file in files]
@@ -173,7 +173,7 @@ def train(
         "merge": twins.MERGE[name],
         "seed": seed,
         "scenes": shards * per_shard,
-        **twins.shown(steps),
+        **twins.shown(twins.cycle_ends(steps)),
         "training_losses": "answers; pointing at the answer; contents and question words of visual tokens",
         "tower_steps": [first_tower_steps(tower_steps), tower_steps],
         "tower_minutes": tower_minutes,

@@ -29,9 +29,12 @@ TILES = SIDE // TILE  # per side of the high-resolution view
 START, INTERVAL, CROPS = 1, 1, TILES**2  # the paper's defaults, with more tiles: stacks before layers 1, 2, ... 9
 BATCH = 8  # scenes in a step
 ROWS = 12  # questions asked of a scene at once
-LOOK_SHARE = 0.1635  # of the steps: the first ones ask nothing, image rows only learn what they hold
+FIRST_SHARE = 0.5652  # of the steps: the first cycle; then the rate rises again, once, and falls to the end
+RESTART = 0.7  # of the first cycle's highest rate, which the second starts from
+WARMUP = 100  # steps over which the rate rises at the start of a cycle
+LOOK_SHARE = 0.1635  # of the first cycle: its first steps ask nothing, image rows only learn what they hold
 LOOK_BATCH = 32  # scenes in such a step
-DECAY_SHARE = 0.53  # of the steps: the last ones, over which the rate falls
+DECAY_SHARE = 0.53  # of the first cycle: its last steps, over which the rate falls
 FINE_SHARE = 0.65  # of the questions asked
 # among a scene's coarse questions: the same few stand under every picture, and some take long to learn
 TOPIC_WEIGHTS = {"picture": 0.25, "count_all": 3.0, "count_shape": 3.0, "taller": 3.0}
@@ -203,16 +206,35 @@ class Questions:
         return packed.Rows(*full, torch.tensor([len(ids) for ids, *_ in table]), asked)
 
 
-def looking_steps(steps: int) -> int:
+def cycle_ends(steps: int) -> tuple[int, int]:
+    """The steps after which the rate has fallen to nearly nothing, in a run of two cycles."""
+    return round(steps * FIRST_SHARE), steps
+
+
+def rate_factor(step: int, ends: tuple[int, ...]) -> float:
+    """What the rates are multiplied by at `step` of a run whose cycles end after the steps `ends`: held, then falling
+    in the first cycle; falling throughout in a later one."""
+    start, held = 0, 1 / DECAY_SHARE
+    for end in ends:
+        if step < end:
+            break
+        start, held = end, RESTART
+    done = (step - start) / (end - start)
+    highest = 1.0 if start == 0 else RESTART
+    return min(highest, highest * (step - start + 1) / WARMUP, max(0.02, held * (1 - done)))
+
+
+def looking_steps(ends: tuple[int, ...]) -> int:
     """How many of a run's steps come before the first question."""
-    return int(steps * LOOK_SHARE)
+    return int(ends[0] * LOOK_SHARE)
 
 
-def shown(steps: int) -> dict[str, int]:
-    """What a run of `steps` steps has shown, for its recipe."""
-    looks = looking_steps(steps)
+def shown(ends: tuple[int, ...]) -> dict[str, int | list[int]]:
+    """What a run whose cycles end after the steps `ends` has shown, for its recipe."""
+    steps, looks = ends[-1], looking_steps(ends)
     return {
         "steps": steps,
+        "cycles_end_at": list(ends),
         "steps_without_questions": looks,
         "scenes_seen": looks * LOOK_BATCH + (steps - looks) * BATCH,
         "questions_seen": (steps - looks) * BATCH * ROWS,
@@ -300,7 +322,8 @@ def train_twin(
     tokenizer = make_tokenizer()
     twin = Twin(MERGE[name], reader.tower.config, len(tokenizer), data[0][1][:500])
     twin.model.model.vision_tower.requires_grad_(False)
-    return fit(name, twin, Questions(tokenizer), data, validation, out, steps, batch, seed, rate, device, progress, log)
+    ends = cycle_ends(steps)
+    return fit(name, twin, Questions(tokenizer), data, validation, out, ends, batch, seed, rate, device, progress, log)
 
 
 def fit(
@@ -310,7 +333,7 @@ def fit(
     data: list[tuple[dataset.Batch, torch.Tensor]],
     validation,
     out: Path,
-    steps: int,
+    ends: tuple[int, ...],
     batch: int = BATCH,
     seed: int = 0,
     rate: float = 0.02,
@@ -318,7 +341,8 @@ def fit(
     progress=None,
     log=print,
 ) -> nn.Module:
-    """Train what needs a gradient in `twin`, called as a Twin is; resumable from out/last.pt.
+    """Train what needs a gradient in `twin`, called as a Twin is, in cycles of the rate that end after the steps
+    `ends`; resumable from out/last.pt.
 
     The first steps ask nothing: with many scenes at once and no question tokens, image rows learn what they hold in a
     seventh of the steps that answers need for it. The decoder's layers run in bfloat16 where the machine is fast in it,
@@ -347,7 +371,7 @@ def fit(
             optimizer.load_state_dict(values)
         first, spent = saved["step"], saved["minutes"]
     started, sums, since = time.time() - spent * 60, Counter(), 0
-    looks = looking_steps(steps)
+    steps, looks = ends[-1], looking_steps(ends)
     for step in range(first, steps):
         rng = np.random.default_rng([seed, step])  # the same scenes and questions for every variant
         order = rng.integers(counts[-1], size=LOOK_BATCH if step < looks else batch)
@@ -358,7 +382,7 @@ def fit(
         items = [data[s][0].items[i] for s, i in picked]
         truth = questions.grounding(items).to(accelerator.device)
         rows = questions.rows(items, rng).to(accelerator.device) if step >= looks else None
-        factor = min(1.0, (step + 1) / 100, max(0.02, (1 - step / steps) / DECAY_SHARE))
+        factor = rate_factor(step, ends)
         for optimizer, rate_ in zip(optimizers, rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate_ * factor
         logits, result = twin(features, rows, dtype)

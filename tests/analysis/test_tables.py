@@ -2,6 +2,7 @@
 
 import csv
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,6 +73,10 @@ def test_effect_subsets_and_shapley():
     (first, second) = tables.shapley(run).records()
     gained = first["logprob_stacks_on"] - first["logprob_stacks_off"]
     assert first["shapley_0"] + first["shapley_1"] == pytest.approx(gained) and second["token"] == "7"
+    assert "error_0" not in first
+    sampled = tables.shapley(replace(run, error=np.array([[0.1, 0.2], [0.3, 0.4]]))).records()
+    assert [[row["error_0"], row["error_1"]] for row in sampled] == [[0.1, 0.3], [0.2, 0.4]]
+    assert [row["shapley_1"] for row in sampled] == [first["shapley_1"], second["shapley_1"]]
 
 
 def test_attribution():

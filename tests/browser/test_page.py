@@ -80,7 +80,8 @@ def test_upload_ask_edit_and_clear(visit, picture: Path) -> None:
     expect(page.locator("#dl-note")).to_contain_text("my sign.png")
     expect(page.locator("#dl-note")).to_contain_text("not part of the address")
     expect(page.locator(".dl-canvas image").first).to_be_visible()
-    assert "q=What+does+it+say" in page.url and "x=" not in page.url
+    expect(page).to_have_url(re.compile(r"q=What\+does\+it\+say"))
+    assert "x=" not in page.url
     word = page.locator("#dl-chat .dl-w").first
     if word.count():
         word.hover()

@@ -157,6 +157,24 @@ def test_more_than_is_free_is_refused_whatever_the_limit(small):
     of_answer(engine, prompt, 1, 48).check(engine)
 
 
+def test_what_is_held_makes_room_before_anything_is_refused(monkeypatch):
+    """As if the machine had a little more free than is needed, once what is held has gone."""
+    engine = tiny.build(tiny.folder("qwen"))
+    engine.shortest_prefix = 1
+    prompt = engine.prompt(tiny.ask(tiny.image(0), "What?"))
+    need = of_answer(engine, prompt, 1, 4)
+    engine.answer(prompt, engine.layout.default, Sampling(max_new_tokens=4))
+    held = engine.cache.bytes + engine.prefixes.bytes
+    assert engine.cache.bytes and engine.prefixes.bytes
+    total = need.bytes + held // 2
+    monkeypatch.setattr("model.need.free_memory", lambda device: total - engine.cache.bytes - engine.prefixes.bytes)
+    need.check(engine)
+    assert engine.cache.bytes == engine.prefixes.bytes == 0
+    total = need.bytes - 1
+    with pytest.raises(UserError, match="are free on cpu"):
+        need.check(engine)
+
+
 # ---- out of memory in the middle
 
 

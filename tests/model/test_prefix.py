@@ -144,6 +144,25 @@ def test_a_stopped_answer_is_taken_up_as_far_as_it_got(kind):
     same(found, from_nothing(kind, messages, [plan]))
 
 
+def test_a_pass_that_failed_leaves_nothing_to_take_up(kind):
+    """It fails in the second layer, when the first has a position more already."""
+    fresh, messages = Fresh(kind), tiny.ask(tiny.image(1), "Read the sign.")
+    plan = fresh.engine.layout.default
+    stream = fresh.engine.stream(fresh.engine.prompt(messages), plan, SHORT)
+    next(stream), next(stream)
+
+    def fail(module, args):
+        raise RuntimeError("the second layer fails")
+
+    hook = fresh.engine.adapter.decoder.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="second layer"):
+        next(stream)
+    hook.remove()
+    assert len(fresh.engine.prefixes) == 0
+    found, _ = fresh.answers(messages, [plan])
+    same(found, from_nothing(kind, messages, [plan]))
+
+
 def filled(length: int, value: float = 1.0) -> DynamicCache:
     cache = DynamicCache()
     for layer in range(2):
