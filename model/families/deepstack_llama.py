@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from google.protobuf.message import DecodeError
 from PIL import Image
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
@@ -55,7 +57,6 @@ from model.families.deepstack_llava import (
 from model.layout import Layout
 from model.plan import BASE, Plan
 from model.prompt import CUT, Prompt
-from model.sentencepiece import read_tokenizer
 from model.types import Region, View
 
 # Vicuna v1 as LLaVA-1.5 uses it: the images of a message come first, each on a line of its own.
@@ -129,9 +130,9 @@ class DeepStackLlama(DeepStackLlava):
 
     @classmethod
     def read_tokenizer(cls, source: str, hub: dict[str, Any]) -> PreTrainedTokenizerBase:
-        if (Path(source) / "tokenizer.json").is_file():
-            return super().read_tokenizer(source, hub | {"config": LlamaConfig()})
-        return read_tokenizer(Path(source))
+        if not (Path(source) / "tokenizer.json").is_file():
+            check_vocabulary(Path(source) / "tokenizer.model")
+        return super().read_tokenizer(source, hub | {"config": LlamaConfig()})
 
     @classmethod
     def parts(cls, source: str, options: dict[str, Any], hub: dict[str, Any]) -> tuple[Any, PreTrainedModel]:
@@ -251,6 +252,18 @@ class DeepStackLlama(DeepStackLlava):
 def stack_scale(settings: dict) -> int:
     """How many times larger, in each direction, HD's views are seen for the stacks."""
     return int(settings["num_crops"] ** 0.5)
+
+
+def check_vocabulary(file: Path) -> None:
+    """UserError where a SentencePiece file is damaged, empty or no byte-pair model, which all of Llama's are:
+    transformers would take the first for a file of another kind and read the others as byte pairs."""
+    vocabulary = ModelProto()
+    try:
+        vocabulary.ParseFromString(file.read_bytes())
+    except (OSError, DecodeError) as error:
+        raise UserError(f"The vocabulary {file} cannot be read: {error}; download it again.") from error
+    if not vocabulary.pieces or vocabulary.trainer_spec.model_type != TrainerSpec.BPE:
+        raise UserError(f"The vocabulary {file} is no byte-pair model; only those are read, as Llama's are.")
 
 
 def model_class(config: LlavaConfig | LlavaNextConfig) -> type[PreTrainedModel]:

@@ -7,7 +7,6 @@ that transformers does not know, and a SentencePiece vocabulary; no image proces
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 from transformers.masking_utils import create_causal_mask
@@ -81,25 +81,19 @@ SYSTEM = (
 # ---- the folder
 
 
-def varint(number: int) -> bytes:
-    out = b""
-    while number >= 128:
-        out, number = out + bytes([number & 127 | 128]), number >> 7
-    return out + bytes([number])
-
-
-def message(field: int, payload: bytes) -> bytes:
-    return varint(field << 3 | 2) + varint(len(payload)) + payload
-
-
-def sentencepiece(pieces: tuple[str, ...], kind: int = 2) -> bytes:
-    """A SentencePiece file of these pieces; kind 2 is byte pairs."""
-    out = b""
+def vocabulary(pieces: tuple[str, ...], kind: int = TrainerSpec.BPE) -> bytes:
+    """A SentencePiece file of these pieces."""
+    kinds = ModelProto.SentencePiece
+    out = ModelProto(trainer_spec=TrainerSpec(model_type=kind, vocab_size=len(pieces), byte_fallback=True))
     for i, text in enumerate(pieces):
-        flag = 2 if text == "<unk>" else 3 if text in CONTROL else 6 if text.startswith("<0x") else 1
-        score = struct.pack("<f", 0.0 if flag != 1 else -float(i))
-        out += message(1, message(1, text.encode()) + varint(2 << 3 | 5) + score + varint(3 << 3) + varint(flag))
-    return out + message(2, varint(3 << 3) + varint(kind) + varint(4 << 3) + varint(len(pieces)))
+        flag = kinds.NORMAL
+        if text in CONTROL:
+            flag = kinds.UNKNOWN if text == "<unk>" else kinds.CONTROL
+        elif text.startswith("<0x"):
+            flag = kinds.BYTE
+        out.pieces.add(piece=text, score=-float(i) if flag == kinds.NORMAL else 0.0, type=flag)
+    out.normalizer_spec.name, out.normalizer_spec.remove_extra_whitespaces = "identity", False
+    return out.SerializeToString()
 
 
 def tower_folder(path: Path, weights: CLIPVisionModel | None = None) -> None:
@@ -166,7 +160,7 @@ def released_folder(path: Path, hd: bool = False, layers: int = 6, inside: bool 
         **changes,
     }
     tiny._write(path, "config.json", {key: value for key, value in config.items() if value != "left out"})
-    (path / "tokenizer.model").write_bytes(sentencepiece(PIECES))
+    (path / "tokenizer.model").write_bytes(vocabulary(PIECES))
     special = {name: {"content": text, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
                for name, text in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>"))}  # fmt: skip
     tiny._write(path, "special_tokens_map.json", {**special, "pad_token": "<unk>"})
@@ -185,8 +179,8 @@ def hd_folder(path: Path) -> Path:
 
 def tokens_of(messages: list[dict]) -> tuple[list[list[int]], list[Image.Image]]:
     """The ids of the texts between images, and the images, as the released code makes them from Vicuna's prompt."""
-    vocabulary = {piece: i for i, piece in enumerate(PIECES)}
-    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=generate_merges(vocabulary), legacy=False)
+    numbers = {piece: i for i, piece in enumerate(PIECES)}
+    tokenizer = LlamaTokenizer(vocab=numbers, merges=generate_merges(numbers), legacy=False)
     texts, images, system = [], [], SYSTEM
     for turn in messages:
         content = turn["content"]
