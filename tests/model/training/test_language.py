@@ -10,6 +10,7 @@ from model.loading import load
 from model.training import dataset, scenes, tower, train, twins
 from model.training.muon import Muon, orthogonal
 from model.training.tokenizer import make_tokenizer
+from tests.model.training.half import same_way
 
 
 @pytest.fixture(scope="module")
@@ -236,11 +237,32 @@ def test_two_steps_to_a_folder_that_loads_and_answers_alike(name, workdir, tmp_p
 
 
 def test_what_a_run_has_shown_is_counted():
-    """100 steps: 16 with 32 scenes and no question, 84 with 8 scenes of 12 questions each."""
-    shown = twins.shown(100)
+    """200 steps in two cycles of 100: 16 with 32 scenes and no question, 184 with 8 scenes of 12 questions each."""
+    shown = twins.shown((100, 200))
     assert shown == {
-        "steps": 100,
+        "steps": 200,
+        "cycles_end_at": [100, 200],
         "steps_without_questions": 16,
-        "scenes_seen": 16 * 32 + 84 * 8,
-        "questions_seen": 8064,
+        "scenes_seen": 16 * 32 + 184 * 8,
+        "questions_seen": 184 * 8 * 12,
     }
+
+
+def test_the_rate_rises_and_falls_once_per_cycle():
+    """Of 1,000 steps: 100 to rise, held up to step 470, then down to a fiftieth; the second cycle starts lower."""
+    two, one = (1000, 2000), (2000,)
+    for step, ends, factor in (
+        (0, two, 0.01), (99, two, 1.0), (469, two, 1.0), (735, two, 0.5), (999, two, 0.02),
+        (1000, two, 0.007), (1500, two, 0.35), (1999, two, 0.02), (1470, one, 0.5),
+    ):  # fmt: skip
+        assert twins.rate_factor(step, ends) == pytest.approx(factor), (step, ends)
+    assert twins.cycle_ends(9200) == (5200, 9200)
+
+
+@pytest.mark.parametrize("merge", ["stack", "none", "concat"])
+def test_layers_in_bfloat16_learn_the_same(small, tokenizer, merge):
+    batch, reader, features = small
+    torch.manual_seed(2)
+    twin = twins.Twin(merge, reader.tower.config, len(tokenizer), features)
+    rows = twins.Questions(tokenizer).rows(batch.items, np.random.default_rng(0), per_scene=3)
+    same_way(twin, features.float(), rows)

@@ -13,6 +13,7 @@ from model.plan import Plan
 from model.training import dataset, scenes, taps, tower, train
 from model.training.tokenizer import QWEN, make_tokenizer
 from model.types import Sampling
+from tests.model.training.half import same_way
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,15 @@ def test_packed_pass_equals_transformers_from_the_pixels_on(name, reader, clip, 
             assert torch.equal(result.targets[place : place + count], rows.targets[i, :length][scored])
             place += count
         assert place == len(logits)
+
+
+@pytest.mark.parametrize("name", list(taps.TAPS))
+def test_layers_in_bfloat16_learn_the_same(name, reader, clip, tokenizer, batch):
+    twin = twin_of(name, reader, clip, tokenizer)
+    rows = taps.questions_of(tokenizer).rows(batch.items, np.random.default_rng(0), per_scene=3)
+    with torch.no_grad():
+        seen = features(reader, tower.to_pixels(batch.high))
+    same_way(twin, seen, rows)
 
 
 def test_questions_are_what_the_template_writes(tokenizer):
