@@ -420,12 +420,14 @@ def sweep_curve(swept: Sweep, dark: bool = False) -> Figure:
         points = [point for point in swept.points if kind in point.exact]
         x = np.array([point.value for point in points])
         y, low, high = (100 * np.array([point.exact[kind][end] for point in points]) for end in range(3))
-        ax.errorbar(x, y, yerr=np.maximum([y - low, high - y], 0), color=hue, marker="os"[i % 2], lw=2, capsize=3)
+        error = np.maximum([y - low, high - y], 0)
+        ax.errorbar(x, y, yerr=error, color=hue, marker="os"[i % 2], lw=2, elinewidth=1, capsize=3)
         trained = [n for n, point in enumerate(points) if point.state == "trained"]
         ax.scatter(x[trained], y[trained], s=140, facecolors="none", edgecolors=hue, linewidths=1.5)
         ends.append((kind, float(y[-1]), hue))
     _value_axis(ax, "exact match, %", 0, 104, False)
-    ax.set_xlabel(f"{swept.unit} (ring: as trained, all others are ablated)")
+    ax.set_xticks([point.value for point in swept.points], [point.label for point in swept.points])
+    ax.set_xlabel(f"{swept.unit} (ring: as trained, all others are ablated; bars: 95 %)")
     _end_labels(ax, ends, dark)
     return fig
 
