@@ -91,12 +91,14 @@ def evaluate_many(
 
 
 def _summary(results: list[dict], n_wrong: int) -> dict:
-    """Scores of one plan's results, in all and by kind and height, and the first wrong ones."""
+    """Scores of one plan's results, in all and by kind, topic (where records name theirs) and height, and the first
+    wrong ones."""
     wrong = [result for result in results if not result["exact"]]
     sized = [result for result in results if result["glyph_px"] is not None]
     return {
         **score(results),
         "by_kind": _by(results, "kind"),
+        "by_topic": _by([result for result in results if result["topic"]], "topic"),
         "by_glyph_px": _by(sized, "glyph_px"),
         "fine_by_glyph_px": _by([result for result in sized if result["kind"] == "fine"], "glyph_px"),
         "wrong": [{key: result[key] for key in (*KEYS, "said", "cer")} for result in wrong[:n_wrong]],
@@ -112,6 +114,7 @@ def _result(record: dict, said: str) -> dict:
         "question": str(record["question"]),
         "answer": truth,
         "kind": str(record["kind"]),
+        "topic": str(record.get("topic", "")),
         "glyph_px": round(height) if height else None,
         "said": said,
         "exact": exact(said, truth),

@@ -72,12 +72,11 @@ def write(
     for fonts, plan, state in runs(engine):
         root, records = test_scenes(scenes, fonts, n)
         found = evaluate(engine, records, plan, root, progress)
-        topics = {record["image"]: record["topic"] for record in records}
-        kept = ("n", "exact_match", "cer", "by_kind", "fine_by_glyph_px", "seconds", "device")
+        kept = ("n", "exact_match", "cer", "by_kind", "by_topic", "fine_by_glyph_px", "seconds", "device")
         results.append(
             {"plan": str(plan), "state": state, "fonts": fonts, "seed": TEST_SETS[fonts][1]}
             | {key: found[key] for key in kept}
-            | {"chance": chance(records), "topics": len(set(topics.values()))}
+            | {"chance": chance(records)}
         )
     data = {"name": folder.name, "results": results}
     (folder / "results.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
@@ -114,9 +113,19 @@ def _text(folder: Path, engine: Engine, results: Sequence[dict]) -> str:
         "model with its stacks switched off: it shows what this model relies on, it is not a baseline. "
         "*Chance* is the best answer that ignores the picture.\n\n" + "\n".join(rows) + "\n\n"
         "![Exact match by glyph height](acuity.svg)\n\n![Training loss](curve.svg)\n\n"
-        f"{seen}## Recipe\n\n`python -m app train {name}`\n\n{facts}\n\n"
+        f"{_topics(results[0])}{seen}## Recipe\n\n`python -m app train {name}`\n\n{facts}\n\n"
         f"Default plan `{engine.layout.default}`; weights are float16 safetensors, under the repository's licence, "
         "trained on pictures that the repository draws itself.\n"
+    )
+
+
+def _topics(result: dict) -> str:
+    """What is answered best and worst, by topic of the question; chance varies from topic to topic."""
+    scores = sorted(result["by_topic"].items(), key=lambda item: item[1]["exact_match"])
+    rows = [f"| {topic} | {value['n']} | {100 * value['exact_match']:.1f} % |" for topic, value in scores]
+    return (
+        f"## By question\n\nExact, {result['state']}, {result['fonts']} fonts, worst first.\n\n"
+        "| topic | questions | exact |\n|---|--:|--:|\n" + "\n".join(rows) + "\n\n"
     )
 
 

@@ -27,7 +27,7 @@ MERGE = PATCHES // dataset.GRID  # patches per side of a visual token
 LEAST_PIXELS, MOST_PIXELS = 180**2, 195**2  # of a resized upload: every square becomes 192 x 192, rounding or not
 SHARDS = 3  # files of scenes, train.SHARD each: four maps of features a scene fill memory
 TOWER_STEPS, TOWER_BATCH, TOWER_RATE = 600, 16, 0.01  # half the rate of a tower from nothing
-STEPS = 2400  # of each language model, in one cycle of the rate
+STEPS = 2000  # of each language model, in one cycle of the rate
 WATCHED, INSPECTED = (4, 5), 4  # layers that are shown where the answer is; input that must know the contents
 
 

@@ -39,6 +39,7 @@ def test_scores_are_the_counts(folder):
     found = scoring.evaluate(engine, records, root=root, sampling=SHORT)
     assert (found["n"], found["exact_match"]) == (5, pytest.approx(0.6))
     assert found["by_kind"]["fine"]["n"] == 3 and found["by_kind"]["fine"]["exact_match"] == pytest.approx(2 / 3)
+    assert found["by_topic"] == {}
     assert found["by_kind"]["coarse"]["n"] == 2 and found["by_kind"]["coarse"]["exact_match"] == 0.5
     assert found["fine_by_glyph_px"]["9"] == {"n": 1, "exact_match": 1.0, "cer": 0.0}
     assert {key: value["n"] for key, value in found["by_glyph_px"].items()} == {"6": 2, "9": 2}
