@@ -17,10 +17,11 @@ from rapidfuzz.distance import LCSseq
 
 from analysis.palette import source_name
 from model.layout import Layout
-from model.plan import Plan
+from model.plan import BASE, Plan
 from model.types import Answer, Token
 
 SAME, DROPPED, ADDED = "same", "dropped", "added"
+FEW = 3  # moved or scaled stacks that are told one by one
 Span = tuple[str, str]  # (SAME | DROPPED | ADDED, text)
 
 
@@ -161,22 +162,29 @@ def plan_badge(layout: Layout, plan: Plan) -> tuple[str, str]:
     """
     if plan == layout.default:
         return "trained", "as trained"
-    changes = []
+    changed: dict[str, dict[str, str]] = {"off": {}, "added": {}, "moved": {}, "scaled": {}}  # kind -> source -> how
     for name in dict.fromkeys((*layout.default.sources(), *plan.sources())):
         was = {e.layer: e.gain for e in layout.default if e.source == name}
         now = {e.layer: e.gain for e in plan if e.source == name}
-        called = source_name(name)
         if was == now:
             continue
         if not now:
-            changes.append(f"{called} off")
+            changed["off"][name] = ""
         elif not was:
-            changes.append(f"{called} added at {_places(now)}")
+            changed["added"][name] = f" at {_places(now)}"
         elif set(was) != set(now):
-            changes.append(f"{called} moved from {_places(was)} to {_places(now)}")
+            changed["moved"][name] = f" from {_places(was)} to {_places(now)}"
         else:
-            changes.append(f"{called} scaled, {_places(now, gains=True)}")
-    return "ablated", "; ".join(changes)
+            changed["scaled"][name] = f", {_places(now, gains=True)}"
+    stacks = [name for name in layout.default.sources() if name != BASE]
+    words = []
+    for kind, found in changed.items():
+        several = [name for name in found if name in stacks]
+        together = several if len(several) > (1 if kind == "off" else FEW) else []
+        words += [f"{source_name(name)} {kind}{how}" for name, how in found.items() if name not in together]
+        if together:
+            words.append(f"{'all stacks' if together == stacks else 'stacks ' + ', '.join(together)} {kind}")
+    return "ablated", "; ".join(words)
 
 
 def _places(entries: dict[int, float], gains: bool = False) -> str:

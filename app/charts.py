@@ -55,32 +55,29 @@ def shapley_bars(run: SubsetRun) -> str:
     values = run.shapley[:, :count]
     high, low = max(float(values.max()), 0.0), min(float(values.min()), 0.0)
     span = (high - low) or 1.0
-    bar, height, top = 9, 110, 26
-    group = (bar + 2) * len(run.stacks) + 16
+    step, height, top = 11 if len(run.stacks) <= 6 else 8, 110, 26
+    width = step * len(run.stacks) + 14
     zero = top + height * high / span
-    parts = [f'<line x1="0" x2="{group * count}" y1="{zero:.1f}" y2="{zero:.1f}" class="dl-axis"/>']
+    groups = []
     for t in range(count):
-        x = t * group + 8
-        middle = x + (group - 16) / 2
         shown = run.tokens[t].strip() or "␣"
-        parts.append(f'<text x="{middle:.1f}" y="16" class="dl-letter">{escape(shown[:8])}</text>')
+        parts = [f'<line x1="0" x2="{width}" y1="{zero:.1f}" y2="{zero:.1f}" class="dl-axis"/>']
+        parts.append(f'<text x="{width / 2:.1f}" y="16" class="dl-letter">{escape(shown[:8])}</text>')
         for i, stack in enumerate(run.stacks):
             value = float(values[i, t])
             tall = abs(value) / span * height
             y = zero - tall if value > 0 else zero
             parts.append(
-                f'<rect x="{x + i * (bar + 2)}" y="{y:.1f}" width="{bar}" height="{max(tall, 0.5):.1f}" rx="1.5" '
+                f'<rect x="{8 + i * step}" y="{y:.1f}" width="{step - 2}" height="{max(tall, 0.5):.1f}" rx="1.5" '
                 f'fill="var(--source-{stack})">'
                 f"<title>{source_name(stack)}, “{escape(shown)}”: {value:+.2f}{_give(run, i, t)} nats</title></rect>"
             )
-    width = group * count
+        groups.append(f'<svg width="{width}" height="{top + height + 8}" aria-hidden="true">{"".join(parts)}</svg>')
     more = f" First {count} of {len(run.tokens)} tokens." if count < len(run.tokens) else ""
     key = " ".join(f'<b style="color:var(--source-{s}-text)">{source_name(s)}</b>' for s in run.stacks)
     return (
-        f'<div class="dl-scroll" tabindex="0"><svg class="dl-bars" viewBox="0 0 {width} {top + height + 8}" '
-        f'width="{width}" height="{top + height + 8}" role="img" '
-        f'aria-label="Share of each stack in each token, {low:.2f} to {high:.2f} nats">{"".join(parts)}</svg></div>'
-        f'<div class="dl-key">{key} · {low:.1f} to {high:.1f} nats.{more}</div>'
+        f'<div class="dl-bars" role="img" aria-label="Share of each stack in each token, {low:.2f} to {high:.2f} nats">'
+        f'{"".join(groups)}</div><div class="dl-key">{key} · {low:.1f} to {high:.1f} nats.{more}</div>'
     )
 
 

@@ -62,7 +62,7 @@ def test_the_footnote_names_plan_badge_and_cost():
     trained = markup.footnote(layout, answer(layout.default, "x"))
     assert ">trained<" in trained and "38 ms" in unescape(trained)
     ablated = markup.footnote(layout, answer(Plan.parse("base@0"), "x", stopped="length"))
-    assert ">ablated<" in ablated and "stack 0 off" in unescape(ablated) and "token limit" in unescape(ablated)
+    assert ">ablated<" in ablated and "all stacks off" in unescape(ablated) and "token limit" in unescape(ablated)
 
 
 def test_a_difference_marks_what_was_dropped_and_added():
