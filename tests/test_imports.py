@@ -16,7 +16,7 @@ FORBIDDEN = {
     "analysis": {"app", "gradio"},
     "app": set(),
 }
-DISTRIBUTION = {"PIL": "pillow"}  # where the import has another name than the distribution
+DISTRIBUTION = {"PIL": "pillow", "google": "protobuf"}  # where the import has another name than the distribution
 COME_WITH = {"huggingface_hub": "transformers"}  # a library's own base, used through it and bound to its version
 SOURCES = sorted(path for package in OURS for path in (ROOT / package).rglob("*.py"))
 
