@@ -21,6 +21,7 @@ from statistics import median
 import torch
 
 from analysis import attention, figures, norms
+from app import scaling
 from app.commands import introduce, load_from
 from app.doctor import QUESTION, sign
 from app.output import Outcome, ProgressLine, table
@@ -38,10 +39,12 @@ PAGE_TIMEOUT = 120  # seconds
 
 def run(options: argparse.Namespace) -> Outcome:
     """The table of one model on this machine."""
-    engine = load_from(options.model, options)
+    drawn = options.random_weights
+    engine = build_from(drawn, options) if drawn else load_from(options.model, options)
     introduce(engine)
     seconds = measure(engine)
-    page = page_start(options)
+    grown = scaling.measure(engine)
+    page = None if drawn else page_start(options)
     data = {
         "model": engine.name,
         "device": str(engine.device),
@@ -52,11 +55,13 @@ def run(options: argparse.Namespace) -> Outcome:
         "memory_bytes": engine.memory_bytes,
         "seconds": {**seconds, "page_start": page},
         "ratios": ratios(seconds),
+        "random_weights": bool(drawn),
+        "scaling": {**grown, "answer_tokens": scaling.TOKENS, "decode_alone": engine.together.why_not},
     }
     rows = [
         ["a short answer, warm, picture not seen before", f"{seconds['answer']:.3f} s"],
         ["a toggle: new answer and new figures, picture seen", f"{seconds['toggle']:.3f} s"],
-        ["the page, from the command to the first byte", f"{page:.1f} s"],
+        *([] if drawn else [["the page, from the command to the first byte", f"{page:.1f} s"]]),
         ["memory held", gigabytes(engine.memory_bytes)],
         *[
             [words, "-" if data["ratios"][key] is None else f"{data['ratios'][key]:.2f}"]
@@ -66,7 +71,25 @@ def run(options: argparse.Namespace) -> Outcome:
     title = (
         f"{engine.name} on {data['device']} ({data['machine']}), {data['dtype']}: medians of {ROUNDS} rounds in turn"
     )
-    return Outcome(data, f"{title}, answers of up to {TOKENS} tokens\n{table(['what', 'figure'], rows)}")
+    said = f"{title}, answers of up to {TOKENS} tokens\n{table(['what', 'figure'], rows)}"
+    more = f"Medians of {scaling.ROUNDS} rounds, answers of {scaling.TOKENS} tokens each.\n"
+    more += scaling.tables(grown, engine.together.why_not)
+    warning = f"{RANDOM}\n\n" if drawn else ""
+    return Outcome(data, f"{warning}{said}\n\n{more}")
+
+
+RANDOM = "Random weights in the true shape: speeds and memory are real, answers are not."
+
+
+def build_from(shape: str, options: argparse.Namespace) -> Engine:
+    """An engine of this shape with random weights, with progress on a terminal."""
+    from model import shapes  # its configs and processors are wanted by nobody else
+
+    progress = ProgressLine()
+    try:
+        return shapes.build(shape, device=options.device, dtype=options.dtype, progress=progress.fraction)
+    finally:
+        progress.clear()
 
 
 RATIOS = {

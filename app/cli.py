@@ -199,6 +199,15 @@ def _check_arguments(parser: Parser) -> None:
     _json(parser)
 
 
+def _bench_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "--random-weights", metavar="NAME",
+        help="instead of a model: the true shape of Qwen3-VL-2B, Qwen3-VL-8B, Granite-4-Vision or DeepStack-L-7B (or "
+        "tiny, to try it) with random weights; speeds are real, answers are not",
+    )  # fmt: skip
+    _check_arguments(parser)
+
+
 def _golden_arguments(parser: Parser) -> None:
     parser.add_argument("action", choices=("export", "check"), help="write a record, or compare one with this model")
     parser.add_argument(
@@ -230,7 +239,7 @@ COMMANDS = {
     ),
     "doctor": Command("is DeepStack active and aligned here? exit 1 if not", _check_arguments, "app.doctor:run"),
     "golden": Command("records to check a port by: which stack is wrong, and how", _golden_arguments, "app.golden:run"),
-    "bench": Command("speed and memory beside plain transformers", _check_arguments, "app.bench:run"),
+    "bench": Command("speed and memory beside plain transformers", _bench_arguments, "app.bench:run"),
     "scenes": Command("rendered scenes with exact answers", _scenes_arguments, "app.commands:scenes"),
     "eval": Command("exact match and error rate of a model on scenes", _eval_arguments, "app.commands:evaluate"),
     "sweep": Command("many plans on many images: score by start, gain …", _sweep_arguments, "app.sweep:run"),

@@ -40,9 +40,10 @@ class Word:
         return math.exp(sum(token.logprob for token in self.tokens))
 
 
-def in_line(place: int) -> str:
-    """How many are before a visitor whose request waits."""
-    return f'<p class="dl-note" role="status">{in_words(place)}: the model answers others first.</p>'
+def in_line(place: int, can_stop: bool = False) -> str:
+    """How many are before a visitor whose request waits, and whether their stop button ends the waiting."""
+    more = " Stop leaves the line." if can_stop else ""
+    return f'<p class="dl-note" role="status">{in_words(place)}: the model answers others first.{more}</p>'
 
 
 def words(tokens: Sequence[Token]) -> list[Word]:

@@ -80,24 +80,36 @@ def bound(fn: Callable, desk: Any) -> Callable:
 
 
 def in_turn(
-    fn: Callable, desk: Any, outputs: Sequence[Any], line: gr.HTML, when: Callable[..., bool] | None = None
+    fn: Callable,
+    desk: Any,
+    outputs: Sequence[Any],
+    line: gr.HTML,
+    when: Callable[..., bool] | None = None,
+    stops: str = "",
+    boxes: tuple[Callable[[], Any], Callable[[], Any]] = (gr.skip, gr.skip),
 ) -> dict[str, Any]:
     """What an event that runs a model takes: `fn` bound and waiting in the desk's line, its outputs and `line` behind.
 
     While it waits, `line` says the place and nothing else changes; it is empty again before `fn` begins. `when(desk,
-    *values)` says whether this request needs the model at all; else it does not wait.
+    *values)` says whether this request needs the model at all; else it does not wait. `stops`: the place of the page
+    whose stop button ends it; then `boxes` make what the first output shows while it waits, and afterwards.
     """
-    others = [gr.skip()] * len(outputs)
+    others = [gr.skip()] * (len(outputs) - 1)
 
     def call(*args):
         wanted = when is None or when(desk, *args)
-        with told(), desk.line.enter() if wanted else nullcontext() as ticket:
+        visitor = next((value.visitor for value in args if isinstance(value, Session)), "")
+        who = (visitor, stops) if visitor and stops else None
+        with told(), desk.line.enter(who) if wanted else nullcontext() as ticket:
             place = ticket.place if ticket else 0
             if place:
+                waiting, idle = boxes
                 while place:
-                    yield *others, markup.in_line(place)
+                    yield waiting(), *others, markup.in_line(place, can_stop=who is not None)
                     place = ticket.wait(place, PULSE)
-                yield *others, ""
+                yield idle(), *others, ""
+            if ticket and not ticket.begin():
+                return
             made = fn(desk, *args)
             if not inspect.isgenerator(made):
                 yield *(made if len(outputs) > 1 else (made,)), gr.skip()
@@ -107,6 +119,12 @@ def in_turn(
                     yield *values, gr.skip()
 
     return {"fn": _signed(call, fn), "outputs": [*outputs, line], **MODEL}
+
+
+def end(desk: Any, session: Session, place: str) -> None:
+    """Ends what runs for this visitor in this place of the page within one token, and what waits in line at once."""
+    desk.line.give_up((session.visitor, place))
+    desk.store.stop(session.visitor, place)
 
 
 def line_of() -> gr.HTML:

@@ -63,7 +63,7 @@ def describe_models() -> list[Described]:
         config = AutoConfig.from_pretrained(folder)
         described.append(_describe(name, config, check_files(folder, name), here=True))
     for name, config in RELEASED.items():
-        described.append(_describe(name, config(), _count(config()), here=False))
+        described.append(_describe(name, config(), count(config()), here=False))
     return described
 
 
@@ -72,7 +72,7 @@ def _describe(name: str, config: PreTrainedConfig, parameters: int, here: bool) 
     return Described(name, family.title, here, family.layout_of(config)[0], parameters)
 
 
-def _count(config: PreTrainedConfig) -> int:
+def count(config: PreTrainedConfig) -> int:
     """Parameters of a config's model, shared ones once; built on the meta device, which takes no memory."""
     with torch.device("meta"):
         model = detect(config).unfilled(config)

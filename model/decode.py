@@ -32,15 +32,13 @@ def generators(sampling: Sampling, rows: int) -> list[torch.Generator | None]:
     return [torch.Generator().manual_seed(sampling.seed) for _ in range(rows)]
 
 
-def choose(logits: Tensor, sampling: Sampling, draws: Sequence[torch.Generator | None]) -> list[Choice]:
+def choose(logits: Tensor, samplings: Sequence[Sampling], draws: Sequence[torch.Generator | None]) -> list[Choice]:
     """Logits [B, V] -> one choice per row. Log-probabilities are the model's own, before temperature, top-p, top-k."""
-    logprobs = logits.float().log_softmax(-1)
-    if sampling.greedy:
-        ids = logits.argmax(-1)
-    else:
-        ids = torch.tensor([sample(row, sampling, draw) for row, draw in zip(logits, draws, strict=True)])
-        ids = ids.to(logits.device)
-    return describe(logprobs, ids)
+    ids = logits.argmax(-1)
+    for at, (sampling, draw) in enumerate(zip(samplings, draws, strict=True)):
+        if not sampling.greedy:
+            ids[at] = sample(logits[at], sampling, draw)
+    return describe(logits.float().log_softmax(-1), ids)
 
 
 def describe(logprobs: Tensor, ids: Tensor) -> list[Choice]:

@@ -1,8 +1,9 @@
 """One engine for every family: prompts, vision features, answers, replays.
 
 An answer is one prefill, in which the plan's injections happen, and a cached decode; looking is a second,
-teacher-forced pass. K plans are one batch of K rows. Nothing is stored on the model: a plan or probe lives in one call,
-and between two tokens of a stream no lock is held and no pass is active. Knows nothing about analysis or pages.
+teacher-forced pass. K plans are one batch of K rows; requests that decode at once share their steps. Nothing is stored
+on the model: a plan or probe lives in one call, and between two tokens of a stream no lock is held and no pass is
+active. Knows nothing about analysis or pages.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from model.plan import Plan
 from model.prefix import PrefixCache
 from model.probe import Probe
 from model.prompt import CUT, Prompt, guard, guarded_messages
+from model.together import Part, Together, Wanted
 from model.trace import Trace
 from model.turns import FairLock
 from model.types import Answer, ImageGrid, Message, Region, Sampling, Token, View
@@ -101,8 +103,9 @@ class Engine:
         cache_bytes: int = 512 * 2**20,
         prefix_bytes: int = 1024 * 2**20,
         shortest_prefix: int = 256,
+        shared_bytes: int = 4096 * 2**20,
     ):
-        """cache_bytes: of image features held; prefix_bytes: of key-value caches held.
+        """cache_bytes: of image features held; prefix_bytes: of key-value caches held; shared_bytes: see `Together`.
 
         Beginnings of `shortest_prefix` tokens and more are taken up; shorter ones are computed again, to the same bits.
         """
@@ -128,6 +131,7 @@ class Engine:
         self._special = family.special_tokens()
         self._pieces: dict[int, str] = {}
         self._lock = FairLock()
+        self.together = Together(self, shared_bytes)
 
     def __repr__(self) -> str:
         return f"Engine({self.name!r}, {self.family}, {self.device}, {self.dtype})"
@@ -543,7 +547,7 @@ class Generation:
         draws = generators(sampling, len(plans))
         self.rows = [_Row(p, TextStream(engine.tokenizer), g) for p, g in zip(plans, draws, strict=True)]
         self._live = list(range(len(plans)))  # rows of the batch, in order
-        self._cache: DynamicCache | None = None
+        self._part = Part()
         self._limit = min(sampling.max_new_tokens, engine.max_tokens - prompt.input_ids.shape[1])
         of_answer(engine, prompt, len(plans), sampling.max_new_tokens).check(engine)
         self._made = 0
@@ -564,11 +568,13 @@ class Generation:
             return {}
         engine = self.engine
         try:
-            with torch.inference_mode(), engine._device():
-                logits = self._prefill() if self._cache is None else self._decode()
-                choices = choose(logits, self.sampling, [self.rows[i].draw for i in self._live])
+            if self._made:
+                choices = engine.together.step(self._part, self._wanted(), self._decode)
+            else:
+                with torch.inference_mode(), engine._device():
+                    choices = choose(self._prefill(), [self.sampling] * len(self.rows), [r.draw for r in self.rows])
         except BaseException as error:
-            self._cache = None  # some layers may be a position ahead of others: nothing to hand on
+            engine.together.leave(self._part)  # some layers may be a position ahead of others: nothing to hand on
             self.end("stopped")
             if isinstance(error, OutOfMemory):
                 engine._free(error)  # once more: the key-value cache has gone now
@@ -589,7 +595,10 @@ class Generation:
                 row.stopped = "length"
         keep = [at for at, i in enumerate(self._live) if not self.rows[i].stopped]
         if keep and len(keep) < len(self._live):
-            self._cache.batch_select_indices(torch.tensor(keep, device=engine.device))
+            if self._part.rows:
+                engine.together.drop(self._part, [at for at in range(len(self._live)) if at not in keep])
+            else:
+                self._part.cache.batch_select_indices(torch.tensor(keep, device=engine.device))
         self._live = [self._live[at] for at in keep]
         if self.done:
             self._let_go()
@@ -605,11 +614,16 @@ class Generation:
 
     def _let_go(self) -> None:
         """Hands the cache of a single answer on to later requests."""
-        cache, self._cache = self._cache, None
-        engine, (first, *others) = self.engine, self.rows
-        if cache is None or others or cache.get_seq_length() < engine.shortest_prefix:
-            return
-        engine.prefixes.keep(cache, [*self._marks(), *(token.id for token in first.tokens)], first.plan)
+        engine, part, (first, *others) = self.engine, self._part, self.rows
+        try:
+            if len(part) >= max(engine.shortest_prefix, 1) and not others:
+                cache = engine.together.take_out(part) if part.rows else part.cache
+                engine.prefixes.keep(cache, [*self._marks(), *(token.id for token in first.tokens)], first.plan)
+        except Exception as error:
+            if not is_out_of_memory(error):  # the answer is there; only the next one has to begin anew
+                raise
+        finally:
+            engine.together.leave(part)
 
     def _marks(self) -> list[Hashable]:
         """What stands at each position of the prompt: a token's id, or the image and the row of it."""
@@ -647,21 +661,29 @@ class Generation:
         engine = self.engine
         self._sight = engine.see(self.prompt)
         plans = [row.plan for row in self.rows]
-        self._cache = DynamicCache(config=engine.adapter.decoder.config)
-        begin = engine.prefixes.take_up(self._cache, self._marks(), plans, engine.shortest_prefix)
-        hidden = engine._run(self.prompt, plans, (), cache=self._cache, begin=begin)
+        cache = self._part.cache = DynamicCache(config=engine.adapter.decoder.config)
+        begin = engine.prefixes.take_up(cache, self._marks(), plans, engine.shortest_prefix)
+        hidden = engine._run(self.prompt, plans, (), cache=cache, begin=begin)
         return engine._logits(hidden[:, -1])
 
+    def _wanted(self) -> Wanted:
+        """The next token of every row that still runs."""
+        return Wanted(
+            ids=[self.rows[i].tokens[-1].id for i in self._live],
+            position=self.prompt.extra["next_position"] + self._made - 1,
+            axes=self.prompt.extra["position_ids"].shape[:-2],
+            sampling=self.sampling,
+            draws=[self.rows[i].draw for i in self._live],
+        )
+
     def _decode(self) -> Tensor:
-        """Logits [live rows, V] after the last tokens, nothing injected."""
-        engine = self.engine
-        last = torch.tensor([[self.rows[i].tokens[-1].id] for i in self._live], device=engine.device)
-        shape = self.prompt.extra["position_ids"].shape[:-1]
-        position = self.prompt.extra["next_position"] + self._made - 1
+        """Logits [live rows, V] after the last tokens, by itself; nothing injected."""
+        engine, wanted = self.engine, self._wanted()
+        last = torch.tensor([[token] for token in wanted.ids], device=engine.device)
         hidden = engine.adapter.decoder(
             inputs_embeds=engine.adapter.embed(last),
-            position_ids=torch.full((*shape, 1), position, device=engine.device),
-            past_key_values=self._cache,
+            position_ids=torch.full((*wanted.axes, 1, 1), wanted.position, device=engine.device),
+            past_key_values=self._part.cache,
             use_cache=True,
         ).last_hidden_state
         return engine._logits(hidden[:, -1])

@@ -19,7 +19,7 @@ from app.asking import Asked, address
 from app.desk import Desk
 from app.picture import sees, views_value
 from app.session import Focus, Held, Session, Turn, new_images
-from app.wiring import bound, in_turn, line_of
+from app.wiring import bound, end, in_turn, line_of
 from model.errors import UserError
 from model.images import read_image
 from model.types import Answer
@@ -171,8 +171,8 @@ def clear(desk: Desk, session: Session) -> tuple[list, Session]:
 
 
 def stop(desk: Desk, session: Session) -> None:
-    """Ends this visitor's running answer within one token; what has been said stays."""
-    desk.store.stop(session.visitor, "chat")
+    """Ends this visitor's running answer within one token, a waiting question at once; what has been said stays."""
+    end(desk, session, "chat")
 
 
 def hold(desk: Desk, session: Session, path: str | Path) -> str:
@@ -198,8 +198,15 @@ def _answer(desk: Desk, asked: Asked, session: Session, focus: Focus) -> Iterato
     held = desk.held(shown[0]) if shown else None
     turn = Turn(asked.question, asked.images)
     now = session.answered(turn)
-    box = gr.MultimodalTextbox(value={"text": "", "files": []}, submit_btn=False, stop_btn=True)
-    yield box, bubbles(desk, now, "…"), now, gr.skip(), views_value(asked.engine, held), sees(held), gr.skip()
+    yield (
+        busy_box(value={"text": "", "files": []}),
+        bubbles(desk, now, "…"),
+        now,
+        gr.skip(),
+        views_value(asked.engine, held),
+        sees(held),
+        gr.skip(),
+    )
     try:
         for answer, done in asking.stream(asked, stopper):
             if not desk.store.newest(session.visitor, "chat", stopper):  # a later question has taken over
@@ -222,6 +229,11 @@ def _answer(desk: Desk, asked: Asked, session: Session, focus: Focus) -> Iterato
         gr.skip(),
         address(desk, asked.engine, asked.plan, focus),
     )
+
+
+def busy_box(**more) -> gr.MultimodalTextbox:
+    """The message box while something runs or waits: a button to stop, none to send."""
+    return gr.MultimodalTextbox(submit_btn=False, stop_btn=True, **more)
 
 
 def idle_box() -> gr.MultimodalTextbox:
@@ -342,7 +354,11 @@ def build(desk: Desk, *, model, plan, session, focus, views, note, link, example
     shown = [box, chat, session, focus, views, note, link]
 
     def turn(fn, name: str, when=None) -> dict:
-        return {**in_turn(fn, desk, shown, line, when), "api_name": name, "show_progress": "hidden"}
+        return {
+            **in_turn(fn, desk, shown, line, when, "chat", (busy_box, idle_box)),
+            "api_name": name,
+            "show_progress": "hidden",
+        }
 
     inputs = [model, plan, *settings, remember, session, focus]
     box.submit(inputs=[box, *inputs], **turn(ask, "ask"))

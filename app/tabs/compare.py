@@ -19,7 +19,7 @@ from app import asking, charts, markup
 from app.asking import PACE, Asked
 from app.desk import Desk
 from app.session import Focus, Session
-from app.wiring import bound, in_turn, introduced, line_of
+from app.wiring import bound, end, in_turn, introduced, line_of
 from model.errors import UserError
 from model.types import Answer
 
@@ -101,8 +101,8 @@ def show_columns(columns: float) -> tuple:
 
 
 def stop(desk: Desk, session: Session) -> None:
-    """Ends the running answers within one token."""
-    desk.store.stop(session.visitor, "compare")
+    """Ends the running answers within one token; a question in line leaves it."""
+    end(desk, session, "compare")
 
 
 def together(asked: Sequence[Asked], stopper: threading.Event) -> Iterator[list[Answer]]:
@@ -264,7 +264,7 @@ def build(desk: Desk, *, tab, settings, session, focus, examples, loaded) -> tup
     with gr.Row(elem_classes=["dl-actions"]):
         count = gr.Radio([2, 3], value=COLUMNS, label="Columns", show_label=False, container=False)
         start = gr.Button("Run the comparison", variant="primary", size="sm", elem_id="dl-compare-run")
-        end = gr.Button("Stop", size="sm", elem_id="dl-compare-stop")
+        halt = gr.Button("Stop", size="sm", elem_id="dl-compare-stop")
     line = line_of()
     with gr.Row(elem_classes=["dl-columns"], equal_height=True):
         answers = [gr.HTML("", apply_default_css=False, elem_id=f"dl-column-{number}") for number in range(COLUMNS)]
@@ -273,10 +273,10 @@ def build(desk: Desk, *, tab, settings, session, focus, examples, loaded) -> tup
 
     inputs = [question, truth, count, *columns, *settings, session, focus]
     outputs = [session, *answers, below]
-    turn = {**in_turn(run, desk, outputs, line), "show_progress": "full", "show_progress_on": [below]}
+    turn = {**in_turn(run, desk, outputs, line, stops="compare"), "show_progress": "full", "show_progress_on": [below]}
     for trigger, name in ((start.click, "compare"), (question.submit, "compare_question")):
         trigger(inputs=inputs, api_name=name, **turn).then(**loaded, api_name=f"{name}_memory")
-    end.click(bound(stop, desk), [session], None, api_name="stop_compare", queue=False)
+    halt.click(bound(stop, desk), [session], None, api_name="stop_compare", queue=False)
     count.change(show_columns, [count], [boxes[2], answers[2]], api_name="columns", queue=False, show_progress="hidden")
     fill = (bound(opened, desk), [question, truth, filled, focus], [question, truth, filled, image])
     tab.select(*fill, api_name="open_compare", queue=False, show_progress="hidden")

@@ -17,7 +17,7 @@ from app.asking import Asked
 from app.desk import Desk
 from app.picture import effect_value
 from app.session import Focus, Record, Session
-from app.wiring import bound, in_turn, introduced, line_of
+from app.wiring import bound, end, in_turn, introduced, line_of
 from model.engine import Engine
 from model.errors import UserError
 from model.plan import BASE, Plan
@@ -142,8 +142,8 @@ def growing(asked: Asked, answer: Answer) -> str:
 
 
 def stop(desk: Desk, session: Session) -> None:
-    """Ends the running answer within one token; what has been said stays."""
-    desk.store.stop(session.visitor, "stacks")
+    """Ends the running answer within one token, a waiting question at once; what has been said stays."""
+    end(desk, session, "stacks")
 
 
 def everything(layout, plan: Plan) -> Plan:
@@ -210,7 +210,7 @@ def build(desk: Desk, *, tab, picture, model, plan, settings, session, focus, ba
             show_label=False, placeholder="The question; Enter asks it again", elem_id="dl-live-question",
             container=False, max_lines=3, max_length=desk.limits.max_text_chars,
         )  # fmt: skip
-        end = gr.Button("Stop", size="sm", elem_id="dl-live-stop")
+        halt = gr.Button("Stop", size="sm", elem_id="dl-live-stop")
     line = line_of()
     answer = gr.HTML(EMPTY, apply_default_css=False, elem_id="dl-live-answer")
     with gr.Row(elem_id="dl-live-more"):
@@ -221,7 +221,7 @@ def build(desk: Desk, *, tab, picture, model, plan, settings, session, focus, ba
     cards = examples()
     inputs = [question, plan, model, *settings, session, focus]
     outputs = [question, session, focus, answer, parts, felt, bars]
-    again = {**in_turn(live, desk, outputs, line), "inputs": inputs, "show_progress": "hidden"}
+    again = {**in_turn(live, desk, outputs, line, stops="stacks"), "inputs": inputs, "show_progress": "hidden"}
     fresh = {"js": "(question, ...rest) => ['', ...rest]"}  # the question in focus, not the one in the box
     # Each change ends the answer before it, so no event waits for the one before: trigger_mode "multiple".
     picture.live(
@@ -230,5 +230,5 @@ def build(desk: Desk, *, tab, picture, model, plan, settings, session, focus, ba
     )  # fmt: skip
     question.submit(**again, api_name="ask_live", trigger_mode="multiple")
     tab.select(**again, **fresh, api_name="open_stacks", trigger_mode="multiple")
-    end.click(bound(stop, desk), [session], None, api_name="stop_live", queue=False)
+    halt.click(bound(stop, desk), [session], None, api_name="stop_live", queue=False)
     return cards, {**again, **fresh}

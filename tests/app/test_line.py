@@ -7,8 +7,9 @@ import threading
 import gradio as gr
 import pytest
 
+from app import wiring
 from app.line import Line, in_words
-from app.session import Focus, Session
+from app.session import Focus, Session, Store
 from app.wiring import in_turn
 from model.errors import UserError
 from tests.app.given import HIRES, SETTINGS, skipped
@@ -44,6 +45,27 @@ def test_a_full_line_is_one_sentence():
         line.enter()
     tickets[1].leave()
     assert line.enter().place == 2
+
+
+def test_giving_up_leaves_the_line_at_once_and_never_touches_what_runs():
+    line = Line(at_once=1)
+    runs, waits, behind = line.enter("ann"), line.enter("ben"), line.enter()
+    assert runs.begin() and [ticket.place for ticket in (runs, waits, behind)] == [0, 1, 2]
+    thread = threading.Thread(target=line.give_up, args=("ben",))
+    thread.start()
+    assert waits.wait(1, seconds=3600) == 0 and waits.gone and not waits.begin()
+    thread.join()
+    assert behind.place == 1 and len(line) == 2
+    line.give_up("ann")
+    line.give_up("nobody")
+    assert len(line) == 2 and not runs.gone
+    waits.leave()  # as its handler does in the end
+    again = line.enter("ann")
+    assert (
+        len(line) == 3 and line.enter("ann").place == 2 and again.gone and len(line) == 3
+    )  # the newer takes its place
+    runs.leave()
+    assert behind.place == 0 and behind.begin()
 
 
 def test_places_in_words():
@@ -110,6 +132,40 @@ def test_an_error_a_closed_page_and_a_visitor_who_gives_up_leave_the_line():
     assert next(behind)[-1] == "" and next(behind)[0] == 0
 
 
+def test_stop_ends_the_waiting_and_shows_the_button_meanwhile():
+    """The handler of a request that was stopped in line never begins."""
+    desk, begun = OneDesk(), []
+    desk.store = Store()
+
+    def handler(desk, session):
+        begun.append(session.visitor)
+        yield "answer", session
+
+    steps = in_turn(handler, desk, ["box", "session"], "line", stops="chat", boxes=(lambda: "stop", lambda: "send"))[
+        "fn"
+    ]
+    first = desk.line.enter()
+    asked = {name: steps(Session(visitor=name)) for name in ("ann", "ben", "cat")}
+    shown = {name: next(made) for name, made in asked.items()}
+    assert all(box == "stop" for box, _, _ in shown.values())
+    assert "1st in line" in shown["ann"][2] and "Stop leaves the line" in shown["ann"][2]
+    wiring.end(desk, Session(visitor="ann"), "layers")  # the stop button of another place
+    assert len(desk.line) == 4
+    wiring.end(desk, Session(visitor="ann"), "chat")
+    assert len(desk.line) == 3 and "1st in line" in next(asked["ben"])[2]
+    assert [box for box, *_ in asked["ann"]] == ["send"] and begun == []
+    first.leave()
+    assert next(asked["ben"])[0] == "send" and next(asked["ben"])[0] == "answer" and begun == ["ben"]
+    assert asked["ben"].close() is None and next(asked["cat"])[0] == "send"
+    asked["cat"].close()
+    assert len(desk.line) == 0
+    stranger = desk.line.enter()
+    waiting = steps(Session())  # a client without a page: nobody could say who is to be stopped
+    assert "Stop" not in next(waiting)[2]
+    stranger.leave()
+    waiting.close()
+
+
 def test_the_handler_of_a_closed_page_is_closed_with_it():
     ended = []
 
@@ -144,6 +200,12 @@ def test_every_event_that_runs_a_model_says_the_place_in_its_own_tab(zoo):
     others = [desk.line.enter() for _ in range(desk.line.at_once + 1)]
     steps = fn("signs.png", HIRES, "none", *SETTINGS, Session(), Focus())
     assert "2nd in line" in next(steps)[-1]
+    given_up = fn("signs.png", HIRES, "none", *SETTINGS, Session(visitor="ann"), Focus())
+    box, *_, said = next(given_up)
+    assert "3rd in line" in said and "Stop leaves the line" in said and box.stop_btn
+    next(fn for fn in demo.fns.values() if fn.api_name == "stop").fn(Session(visitor="ann"))
+    box, *_, said = next(given_up)
+    assert (said, box.submit_btn, box.stop_btn, list(given_up)) == ("", True, False, [])
     for name in ("resume", "reopen_layers"):  # a page that has just been opened asks nothing, so it does not wait
         opened = next(fn for fn in model if fn.api_name == name)
         values = [Focus() if isinstance(block.value, Focus) else None for block in opened.inputs]

@@ -1,7 +1,8 @@
 """One model, many people: 32 threads at once get what each would get alone, and nothing stays behind on the model.
 
-The model runs at one thread per pass in float32, so "the same" is bit for bit: tokens, log-probabilities, traces. The
-engine's own lock and its ContextVar each keep requests apart; taking both away makes these tests fail.
+The model runs at one thread per pass in float32, so "the same" is bit for bit for tokens and traces. The tokens'
+log-probabilities are the same within rounding: requests that decode at once share their steps. The engine's own lock
+and its ContextVar each keep requests apart; taking both away makes these tests fail.
 """
 
 import sys
@@ -78,9 +79,13 @@ def run(engine, job: Job):
 
 
 def same(found, wanted) -> None:
-    """Bit for bit."""
+    """Bit for bit but for the tokens' probabilities, which a shared step rounds in another order."""
     (tokens, trace), (want_tokens, want) = found, wanted
-    assert tokens == want_tokens  # ids, texts, log-probabilities, alternatives
+    assert [(t.id, t.text) for t in tokens] == [(t.id, t.text) for t in want_tokens]
+    for token, other in zip(tokens, want_tokens, strict=True):
+        assert [text for text, _ in token.top] == [text for text, _ in other.top]
+        assert token.logprob == pytest.approx(other.logprob, abs=1e-5)
+        assert [p for _, p in token.top] == pytest.approx([p for _, p in other.top], abs=1e-5)
     for name in ("residual_rms", "before_rms", "ratio", "cosine", "logprobs"):
         np.testing.assert_array_equal(getattr(trace, name), getattr(want, name))
     for name in ("injected_rms", "attention", "hidden"):
@@ -105,6 +110,7 @@ def left_on(engine) -> dict:
         "gradients": sum(p.grad is not None or p.requires_grad for p in parameters),
         "training": sum(module.training for module in modules),
         "pass": instrument._ACTIVE.get(),
+        "shared rows": (len(engine.together), engine.together.bytes, len(engine.together._asked)),
     }
 
 

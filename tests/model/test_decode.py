@@ -13,12 +13,12 @@ from tests import tiny
 
 def test_a_choice_has_the_models_own_probabilities():
     logits = torch.tensor([[0.0, 2.0, 1.0, -1.0, 0.5, 0.2], [3.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
-    first, second = choose(logits, Sampling(), [None, None])
+    first, second = choose(logits, [Sampling()] * 2, [None, None])
     total = sum(math.exp(x) for x in logits[0].tolist())
     assert first.id == 1 and first.logprob == pytest.approx(2 - math.log(total), abs=1e-6)
     assert [i for i, _ in first.top] == [1, 2, 4, 5, 0] and first.top[0][1] == first.logprob
     assert second.id == 0
-    hot = choose(logits[:1], Sampling(temperature=5.0, seed=3), generators(Sampling(temperature=5.0, seed=3), 1))[0]
+    hot = choose(logits[:1], [Sampling(temperature=5.0, seed=3)], generators(Sampling(temperature=5.0, seed=3), 1))[0]
     assert hot.logprob == pytest.approx(float(logits[0, hot.id]) - math.log(total), abs=1e-6)
 
 
@@ -44,8 +44,8 @@ def test_sampling_draws_from_what_temperature_top_k_and_top_p_leave():
 def test_every_row_of_a_batch_draws_what_it_would_alone():
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(1))
     sampling = Sampling(temperature=1.0, seed=7)
-    alone = choose(logits, sampling, generators(sampling, 1))[0]
-    assert {c.id for c in choose(logits.expand(4, -1), sampling, generators(sampling, 4))} == {alone.id}
+    alone = choose(logits, [sampling], generators(sampling, 1))[0]
+    assert {c.id for c in choose(logits.expand(4, -1), [sampling] * 4, generators(sampling, 4))} == {alone.id}
 
 
 @pytest.mark.parametrize(

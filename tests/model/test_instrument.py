@@ -276,7 +276,7 @@ def test_an_error_in_a_pass_leaves_nothing_behind(kind, monkeypatch):
         stream = engine.stream(prompt, engine.layout.default)
         with pytest.raises(RuntimeError, match="the device is gone"):
             next(stream)
-        assert stream.done and stream._generation._cache is None and list(stream) == []
+        assert stream.done and not len(stream._generation._part) and list(stream) == []
         with pytest.raises(RuntimeError, match="the device is gone"):
             engine.replay(prompt, want, engine.layout.default)
     assert instrument._ACTIVE.get() is None
@@ -297,7 +297,7 @@ def test_a_closed_stream_leaves_nothing_behind(kind):
     stream.close()
     assert stream.done and stream.answer.stopped == "stopped" and len(stream.answer.tokens) == 1
     assert list(stream) == []
-    assert stream._generation._cache is None and hooks(engine) == count
+    assert not len(stream._generation._part) and hooks(engine) == count
 
 
 def test_an_active_pass_belongs_to_its_thread_and_ends_with_its_block():
