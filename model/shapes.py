@@ -1,7 +1,8 @@
 """Engines of true shapes with random weights: what a checkpoint costs on a machine that does not have it.
 
-Every layer, width and head is as in the released config, so times and memory are real; the weights are drawn at random
-and the tokenizer spells byte by byte, so what such a model says means nothing. Knows nothing about what is measured.
+Layers, widths and heads are as in the released config, so times and memory are real (of Granite some are assumed, see
+there); the weights are drawn at random and the tokenizer spells byte by byte, so what such a model says means nothing.
+Knows nothing about what is measured.
 """
 
 from __future__ import annotations
@@ -74,7 +75,11 @@ def _tiny() -> Qwen3VLConfig:
 
 
 def _granite4_vision() -> Granite4VisionConfig:
-    """ibm-granite/granite-vision-4.1-4b: SigLIP at 384 pixels below the 3B decoder of Granite 4.1."""
+    """ibm-granite/granite-vision-4.1-4b: SigLIP at 384 pixels below the 3B decoder of Granite 4.1.
+
+    Checked against its config: width, layers and key-value heads of the decoder. Assumed: the q-former, the grids of
+    tiles, the multipliers.
+    """
     side = 384
     tiles = [(rows, columns) for rows in range(1, 11) for columns in range(1, 11) if rows * columns <= 10]
     return Granite4VisionConfig(
