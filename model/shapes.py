@@ -77,7 +77,7 @@ def _tiny() -> Qwen3VLConfig:
 def _granite4_vision() -> Granite4VisionConfig:
     """ibm-granite/granite-vision-4.1-4b: SigLIP at 384 pixels below the 3B decoder of Granite 4.1.
 
-    Checked against its config: width, layers and key-value heads of the decoder. Assumed: the q-former, the grids of
+    Known: width, layers and key-value heads of the decoder. Assumed: the q-former, the grids of
     tiles, the multipliers.
     """
     side = 384
