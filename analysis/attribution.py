@@ -2,7 +2,8 @@
 
 The function attributed is f(g) = log p(answer | image, question) with a gain g[s, n] on each source s and image row n,
 on top of the plan: all ones is the plan as it is, all zeros is no image at all. Attributing to gains rather than to
-pixels keeps every number on the token grid and says which source it came through.
+pixels keeps every number on the token grid and says which source it came through. What enters the vision tower is no
+such source: it stays as the plan has it.
 
 Each pass takes the engine's own lock; gradients flow to the gains only. Nothing is installed on the model. Knows
 nothing about figures; the engine is given.
@@ -21,7 +22,7 @@ from torch import Tensor
 from analysis.grids import GridMap, finite_limits
 from analysis.palette import source_name
 from model.errors import UserError
-from model.plan import BASE, Plan
+from model.plan import BASE, Plan, enters_tower
 from model.prompt import Prompt
 from model.types import Answer
 
@@ -36,7 +37,7 @@ class Attribution:
     method: str  # "integrated gradients" | "ablation"
     prompt: Prompt
     plan: Plan
-    sources: tuple[str, ...]  # [S] those of the plan
+    sources: tuple[str, ...]  # [S] those of the plan that enter the LLM
     values: np.ndarray  # float64 [S, N]; N rows of all images, in order
     on: float  # f at gains 1
     off: float  # f at the baseline: gains 0 (the base's kept at 1 if so asked)
@@ -233,25 +234,28 @@ def causal_check(
 
 
 def _prepare(engine, prompt: Prompt, answer: Answer, plan: Plan | None, token: int | None):
-    """(plan, its sources, their rows in the layout, gains of one [1, S, N]); UserError if there is nothing to share."""
+    """(plan, its sources for the LLM, their rows in the layout, gains of one [1, S, N]).
+
+    UserError if there is nothing to share.
+    """
     plan = engine.layout.default if plan is None else plan.validate(engine.layout)
     if not prompt.grids:
         raise UserError("There is no image in this conversation, so there is nothing to attribute the answer to.")
     if not answer.tokens:
         raise UserError("The answer is empty, so there is nothing to attribute.")
-    if not plan:
-        raise UserError("The plan is none: no source is switched on, so there is nothing to attribute the answer to.")
+    sources = tuple(source for source in plan.sources() if not enters_tower(source))
+    if not sources:
+        raise UserError(f"The plan {plan} brings nothing into the LLM, so there is nothing to attribute the answer to.")
     if token is not None and not 0 <= token < len(answer.tokens):
         raise ValueError(f"there is no answer token {token}: the answer has {len(answer.tokens)}")
-    sources = plan.sources()
-    names = [source.name for source in engine.layout.sources_for(plan)]
+    names = [source.name for source in engine.layout.rows_for(plan)]
     index = torch.tensor([names.index(source) for source in sources])
     return plan, sources, index, torch.ones(1, len(sources), prompt.visual_tokens)
 
 
 def _function(engine, prompt: Prompt, answer: Answer, plan: Plan, index: Tensor, token: int | None):
     """f: gains [B, S, N] of the plan's sources -> [B] log-probability of the answer, or of one of its tokens."""
-    n_sources = len(engine.layout.sources_for(plan))
+    n_sources = len(engine.layout.rows_for(plan))
 
     def f(gains: Tensor) -> Tensor:
         every = gains.new_ones(len(gains), n_sources, gains.shape[-1])

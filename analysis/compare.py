@@ -17,7 +17,7 @@ from rapidfuzz.distance import LCSseq
 
 from analysis.palette import source_name
 from model.layout import Layout
-from model.plan import BASE, Plan
+from model.plan import BASE, Plan, enters_tower
 from model.types import Answer, Token
 
 SAME, DROPPED, ADDED = "same", "dropped", "added"
@@ -166,14 +166,15 @@ def plan_badge(layout: Layout, plan: Plan) -> tuple[str, str]:
     for name in dict.fromkeys((*layout.default.sources(), *plan.sources())):
         was = {e.layer: e.gain for e in layout.default if e.source == name}
         now = {e.layer: e.gain for e in plan if e.source == name}
+        where = "vision " if enters_tower(name) else ""
         if was == now:
             continue
         if not now:
             changed["off"][name] = ""
         elif not was:
-            changed["added"][name] = f" at {_places(now)}"
+            changed["added"][name] = f" at {where}{_places(now)}"
         elif set(was) != set(now):
-            changed["moved"][name] = f" from {_places(was)} to {_places(now)}"
+            changed["moved"][name] = f" from {where}{_places(was)} to {_places(now)}"
         else:
             changed["scaled"][name] = f", {_places(now, gains=True)}"
     stacks = [name for name in layout.default.sources() if name != BASE]

@@ -282,7 +282,7 @@ def effect_heatmap(effect: Effect, dark: bool | None = None) -> go.Figure:
         colorbar=_bar(below=44),
         hovertemplate="source %{y}, layer %{x}: %{z:.3g}<extra></extra>",
     )
-    entries = [(e.layer, effect.sources.index(e.source)) for e in effect.plan if e.source in effect.sources]
+    entries = [(e.layer, effect.sources.index(e.source)) for e in effect.plan if not e.in_tower]
     fig.add_scatter(
         x=[layer for layer, _ in entries],
         y=[row for _, row in entries],

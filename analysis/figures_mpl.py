@@ -231,7 +231,7 @@ def attention_by_layer(flow: Flow, n_layers: int, dark: bool = False) -> Figure:
 
 def effect_heatmap(effect: Effect, dark: bool = False) -> Figure:
     """Sources x layers: how far the stream at the image rows moves when one source is switched off. Ring: its entry."""
-    entries = [(e.layer, effect.sources.index(e.source)) for e in effect.plan if e.source in effect.sources]
+    entries = [(e.layer, effect.sources.index(e.source)) for e in effect.plan if not e.in_tower]
     note = "‖h on − h off‖ ÷ ‖h on‖ at image rows. Ring: where it enters."
     if not entries:
         note = "The plan is none: there is nothing to switch off."

@@ -253,7 +253,7 @@ def judge(
 ) -> list[Finding]:
     """The faults that set what was found apart from the plan. found: layer -> parts; unexplained: layer -> share."""
     findings: list[Finding] = []
-    wanted = {(entry.source, entry.layer): entry.gain for entry in expected}
+    wanted = {(entry.source, entry.layer): entry.gain for entry in expected if not entry.in_tower}
     seen = {(part.source, layer): part for layer, parts in found.items() for part in parts}
     findings += _taps(seen, taps)
     findings += _rows(seen, positions)

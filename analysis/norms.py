@@ -13,7 +13,7 @@ import numpy as np
 
 from analysis.grids import GridMap, finite_limits, grid_of, image_slice
 from analysis.palette import source_name
-from model.plan import Plan
+from model.plan import Plan, enters_tower
 from model.probe import Probe
 from model.prompt import Prompt
 from model.trace import Trace
@@ -45,8 +45,8 @@ class LayerNorms:
         return len(self.before_image)
 
     def sources(self) -> tuple[str, ...]:
-        """The sources injected, base first."""
-        return self.plan.sources()
+        """The sources injected into the LLM, base first."""
+        return tuple(source for source in self.plan.sources() if not enters_tower(source))
 
 
 @dataclass(frozen=True)

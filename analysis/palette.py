@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from model.plan import BASE, TAP
+from model.plan import BASE, TAP, VISION
 
 BASE_GREY = "#7A828E"
 # In the order of the stacks; the last three, brown, violet and olive, are ours: `hires` has nine stacks.
@@ -48,7 +48,7 @@ def theme(dark: bool | None = None) -> Theme:
 
 
 def colour(source: str, dark: bool | None = None) -> str:
-    """#RRGGBB of a source ("base", "0", "1", …) for lines and bars: at least 3 : 1 against the background.
+    """#RRGGBB of a source ("base", "0", "v0", …) for lines and bars: at least 3 : 1 against the background.
 
     With `dark` None the plain colour is given, which is at least 2 : 1 on either background.
     """
@@ -67,19 +67,22 @@ def for_words(hexcode: str, dark: bool | None = None) -> str:
 
 
 def _plain(source: str) -> str:
-    return STACK_COLOURS[int(source) % len(STACK_COLOURS)] if source.isdecimal() else BASE_GREY
+    number = source.removeprefix(VISION)
+    return STACK_COLOURS[int(number) % len(STACK_COLOURS)] if number.isdecimal() else BASE_GREY
 
 
 def source_name(source: str) -> str:
-    """What a source is called: "base", "stack 0", "untrained tap 6"."""
+    """What a source is called: "base", "stack 0", "vision stack 0", "untrained tap 6"."""
     if source.startswith(TAP):
         return f"untrained tap {source.removeprefix(TAP)}"
+    if source.startswith(VISION):
+        return f"vision stack {source.removeprefix(VISION)}"
     return f"stack {source}" if source.isdecimal() else source
 
 
 def label_colour(label: str, dark: bool | None = None) -> str:
     """Colour of words that begin with a source ("base", "0", "stack 0, layer 1"); the ink for any other label."""
-    found = re.match(r"(?:stack )?(base|\d+)\b", label)
+    found = re.match(r"(?:(?:vision )?stack )?(base|\d+)\b", label)
     return text_colour(found[1], dark) if found else theme(dark).ink
 
 
@@ -98,7 +101,8 @@ def css_variables() -> str:
     def block(dark: bool) -> str:
         neutral = theme(dark)
         lines = [f"--ink: {neutral.ink}", f"--muted: {neutral.muted}", f"--grid: {neutral.grid}"]
-        for source in (BASE, *map(str, range(MAX_NAMED)), *(f"{TAP}{block}" for block in range(MAX_TAPS))):
+        numbered = [f"{kind}{k}" for kind in ("", VISION) for k in range(MAX_NAMED)]
+        for source in (BASE, *numbered, *(f"{TAP}{block}" for block in range(MAX_TAPS))):
             lines.append(f"--source-{source}: {colour(source, dark)}")
             lines.append(f"--source-{source}-text: {text_colour(source, dark)}")
         return "".join(f"  {line};\n" for line in lines)

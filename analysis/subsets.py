@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from math import factorial
 
 import numpy as np
-import torch
 
 from analysis.compare import exact
 from model.errors import UserError
@@ -72,11 +71,13 @@ def bits_of(count: int) -> list[int]:
 def subsets_of(plan: Plan) -> dict[int, Plan]:
     """Bits to plan, ascending: the subsets of a plan's stacks that are answered, base kept; bit i is stack i in the
     plan's order."""
+    return {bits: subset_of(plan, bits) for bits in bits_of(len(stacks_of(plan)))}
+
+
+def subset_of(plan: Plan, bits: int) -> Plan:
+    """The plan with those of its stacks whose bit is set, base kept."""
     stacks = stacks_of(plan)
-    return {
-        bits: Plan(e for e in plan if e.source == BASE or bits >> stacks.index(e.source) & 1)
-        for bits in bits_of(len(stacks))
-    }
+    return Plan(e for e in plan if e.source == BASE or bits >> stacks.index(e.source) & 1)
 
 
 def stacks_of(plan: Plan) -> tuple[str, ...]:
@@ -169,15 +170,7 @@ def run(
 def scores_of(engine, prompt: Prompt, plan: Plan, tokens: Sequence[Token], subsets: Sequence[int]) -> np.ndarray:
     """Log-probability of each token under each subset of the plan's stacks, given as bits: float64 [T, A], in one
     batch."""
-    stacks = stacks_of(plan)
-    sources = [source.name for source in engine.layout.sources_for(plan)]
-    gains = torch.ones(len(subsets), len(sources), prompt.visual_tokens)
-    for row, bits in enumerate(subsets):
-        for i, stack in enumerate(stacks):
-            if not bits >> i & 1:
-                gains[row, sources.index(stack)] = 0.0
-    with torch.no_grad():
-        return engine.logprob_of(prompt, tokens, plan, gains).double().cpu().numpy()
+    return engine.logprobs(prompt, tokens, [subset_of(plan, bits) for bits in subsets]).double().cpu().numpy()
 
 
 def subset_label(stacks: tuple[str, ...], on: tuple[str, ...], base: bool = True) -> str:

@@ -75,12 +75,17 @@ def _rest(layout: Layout) -> list[Entry]:
     return [entry for entry in layout.default if entry.source == BASE]
 
 
+def _layers(layout: Layout) -> int:
+    """How many layers the stacks can enter before."""
+    return min(layout.layers_of(entry.source) for entry in _stacks(layout))
+
+
 def _start(layout: Layout) -> dict[float, Plan]:
     stacks, rest = _stacks(layout), _rest(layout)
     first, last = min(e.layer for e in stacks), max(e.layer for e in stacks)
     return {
         float(start): Plan([*rest, *(e._replace(layer=e.layer - first + start) for e in stacks)])
-        for start in range(layout.n_layers - (last - first))
+        for start in range(_layers(layout) - (last - first))
     }
 
 
@@ -90,7 +95,7 @@ def _interval(layout: Layout) -> dict[float, Plan]:
     return {
         float(step): Plan([*rest, *(e._replace(layer=first + step * i) for i, e in enumerate(stacks))])
         for step in range(LONGEST_INTERVAL + 1)
-        if first + step * (len(stacks) - 1) < layout.n_layers
+        if first + step * (len(stacks) - 1) < _layers(layout)
     }
 
 
@@ -123,7 +128,7 @@ def _without(layout: Layout) -> dict[float, Plan]:
 
 
 AXES = {
-    "start": Axis("the layer of the first stack, the others keep their distance", "LLM layer", _start),
+    "start": Axis("the layer of the first stack, the others keep their distance", "layer", _start),
     "interval": Axis("layers from one stack to the next (0: all before one layer)", "layers", _interval),
     "count": Axis("how many stacks, the earliest first", "stacks", _count),
     "gain": Axis("the gain of all stacks", "gain", _gain),

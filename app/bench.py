@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> Outcome:
         "model": engine.name,
         "device": str(engine.device),
         "dtype": str(engine.dtype).removeprefix("torch."),
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{platform.processor() or platform.machine()}, {engine.threads or torch.get_num_threads()} threads",
         "rounds": ROUNDS,
         "answer_tokens": TOKENS,
         "memory_bytes": engine.memory_bytes,
@@ -149,7 +149,12 @@ def measure(engine: Engine) -> dict[str, float]:
     }
     if plain is not None:
         inputs, same = {key: value.to(engine.device) for key, value in plain[0].items()}, plain[1]
-        work["plain_generate"] = lambda: engine.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+
+        def plain_generate() -> None:
+            with engine.compute_threads():
+                engine.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+
+        work["plain_generate"] = plain_generate
         work["answer_same_plan"] = unseen(lambda: engine.answer(prompt, same, sampling))
         work["traced_same_plan"] = unseen(lambda: trace(engine.answer(prompt, same, sampling)))
     times: dict[str, list[float]] = {name: [] for name in work}

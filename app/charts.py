@@ -21,7 +21,7 @@ def effect_table(effect: Effect) -> str:
     """Sources x layers as tinted cells; a ring where a source enters. The values are in each cell's title."""
     n_layers = effect.values.shape[1] - 1
     high = float(effect.values.max(initial=0.0)) or 1.0
-    enters = {(entry.source, entry.layer) for entry in effect.plan}
+    enters = {(entry.source, entry.layer) for entry in effect.plan if not entry.in_tower}
     step = max(1, math.ceil((n_layers + 1) / 14))
     names = [str(layer) if layer % step == 0 else "" for layer in range(n_layers)] + ["out"]
     head = "".join(f'<span class="dl-h">{name}</span>' for name in names)

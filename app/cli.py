@@ -53,12 +53,15 @@ def _model(parser: Parser) -> None:
 
 def _hardware(parser: Parser) -> None:
     parser.add_argument(
-        "--device", metavar="D", help="cpu, cuda, cuda:1 … (default: a GPU where one works, else the CPU)"
+        "--device",
+        metavar="D",
+        help="cpu, cuda, cuda:1 …, or split over all GPUs (default: a GPU where one works, else the CPU)",
     )
     parser.add_argument(
         "--dtype",
         metavar="T",
-        help="float32, bfloat16 or float16 (default: bfloat16 for large models on a GPU, else float32)",
+        help="float32, bfloat16, float16, or int8 or nf4 with bitsandbytes (default: bfloat16 for large models on a "
+        "GPU, else float32)",
     )
 
 

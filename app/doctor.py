@@ -165,7 +165,7 @@ def finite(engine: Engine, prompt: Prompt, plan: Plan, seen: Watched) -> Check:
 
 def injections(engine: Engine, prompt: Prompt, plan: Plan, seen: Watched) -> Check:
     """How many layers got an input other than the output of the layer before, in the prefill and after it."""
-    wanted = sorted({entry.layer for entry in plan if entry.layer > 0})
+    wanted = sorted({entry.layer for entry in plan if entry.layer > 0 and not entry.in_tower})
     changed = [
         [layer for layer in range(1, engine.layout.n_layers) if not torch.equal(ins[layer], outs[layer - 1])]
         for ins, outs in zip(seen.inputs, seen.outputs, strict=True)

@@ -91,6 +91,23 @@ def _bytes(features: dict[str, Tensor]) -> int:
     return sum(tensor.element_size() * tensor.nelement() for tensor in features.values())
 
 
+# Weights below which a model on the CPU computes with one thread: each thread that asks keeps compute threads of its
+# own, which wait for one another. Measured outside the main thread on 2 cores, with one and with two compute threads:
+# one token 2.0 and 7.0 ms (2 million weights), 4.8 and 11.9 (9), 17 and 20 (30), 56 and 51 (154); 200 tokens at once
+# 12 and 16, 39 and 48, 129 and 110, 586 and 410 ms.
+ONE_THREAD = 20_000_000
+
+
+def choose_threads(device: torch.device, parameters: int) -> tuple[int, str]:
+    """(compute threads of a model with that many weights, why); (0, "") where the device is not the CPU."""
+    if device.type != "cpu":
+        return 0, ""
+    if parameters < ONE_THREAD:
+        return 1, "one compute thread: with so few weights a second one costs more than it gains"
+    count = torch.get_num_threads()
+    return count, f"{count} compute thread{'s' * (count > 1)}: what torch uses here, see OMP_NUM_THREADS"
+
+
 class Engine:
     """A loaded model that answers under plans and can be looked into. Thread-safe: one lock around the device."""
 
@@ -111,7 +128,6 @@ class Engine:
         """
         self.adapter = family
         self.name = name
-        self.reasons = tuple(reasons)
         self.layout = family.layout
         self.family = family.layout.family
         self.warnings = family.warnings
@@ -121,6 +137,8 @@ class Engine:
         self.model = family.model.eval().requires_grad_(False)
         self.device = family.embed.weight.device
         self.dtype = family.embed.weight.dtype
+        self.threads, why = choose_threads(self.device, sum(tensor.numel() for tensor in self.model.parameters()))
+        self.reasons = (*reasons, why) if why else tuple(reasons)
         self.max_tokens: int = family.decoder.config.max_position_embeddings
         self.max_memory = DEFAULT_LIMITS.max_memory  # bytes that one request may take beside the weights
         self.cache = FeatureCache(cache_bytes)
@@ -182,13 +200,21 @@ class Engine:
         """What the model sees of this image, with its token grid."""
         return self.adapter.views(image)
 
-    def see(self, prompt: Prompt) -> Sight:
-        """The vision tower, once per image whatever the plans: each image alone, cached by content."""
+    def see(self, prompt: Prompt, plan: Plan | None = None) -> Sight:
+        """The vision tower, once per image and what enters the tower itself: each image alone, cached by content.
+
+        plan: of which only that part matters; the default plan if none is given.
+        """
         start = time.perf_counter()
         cached = True
-        how = {} if prompt.extra["alone"] else {"alone": False}
+        how: dict[str, Any] = {} if prompt.extra["alone"] else {"alone": False}
+        mark = ""
+        if self.layout.tower:
+            how["tower"] = (self.layout.default if plan is None else plan.validate(self.layout)).tower
+            mark = f" {how['tower']}"
         seen = []
-        for image, key in zip(prompt.images, prompt.extra["image_keys"], strict=True):
+        for image, content in zip(prompt.images, prompt.extra["image_keys"], strict=True):
+            key = content + mark
             features = self.cache.get(key)
             if features is None:
                 with self._device():
@@ -197,12 +223,27 @@ class Engine:
                         cached = False
                         # Not in inference mode, even inside an answer: a later differentiable pass uses them too.
                         with torch.inference_mode(False), torch.no_grad():
-                            features = {k: v.to(self.dtype) for k, v in self.adapter.encode(image, **how).items()}
+                            seen_now = self.adapter.encode(image, **how)
+                            features = {k: v.to(self.device, self.dtype) for k, v in seen_now.items()}
                         self.cache.put(key, features)
             seen.append(features)
         names = [source.name for source in self.layout.sources] if seen else []
         joined = {name: torch.cat([f[name] for f in seen]) if len(seen) > 1 else seen[0][name] for name in names}
         return Sight(joined, time.perf_counter() - start, cached)
+
+    def _see_all(self, prompt: Prompt, plans: Sequence[Plan]) -> Sight:
+        """What each of these plans sees, the images once per part of a plan that enters the vision tower.
+
+        Rows are [N, d], or [B, N, d] where those parts differ.
+        """
+        towers = [plan.tower for plan in plans]
+        seen = {tower: self.see(prompt, tower) for tower in dict.fromkeys(towers)}
+        if len(seen) == 1:
+            return seen[towers[0]]
+        names = seen[towers[0]].features
+        joined = {name: torch.stack([seen[tower].features[name] for tower in towers]) for name in names}
+        sights = seen.values()
+        return Sight(joined, sum(sight.seconds for sight in sights), all(sight.cached for sight in sights))
 
     def _taps(self, prompt: Prompt, plans: Sequence[Plan]) -> dict[str, Tensor]:
         """Rows of the untrained taps that these plans ask for: source -> [N, d], cached like what `see` gives."""
@@ -215,17 +256,20 @@ class Engine:
             if missing:
                 with self._device(), torch.inference_mode(False), torch.no_grad():  # see `see`
                     for name, tensor in self.adapter.encode_taps(image, missing).items():
-                        held[name] = {name: tensor.to(self.dtype)}
+                        held[name] = {name: tensor.to(self.device, self.dtype)}
                         self.cache.put(f"{key} {name}", held[name])
             for name in names:
                 rows[name].append(held[name][name])
         return {name: torch.cat(each) for name, each in rows.items() if each}
 
     def features(self, prompt: Prompt, plan: Plan | None = None) -> Tensor:
-        """What each source adds at gain 1: [sources, N, d] in the order of `Layout.sources_for(plan)`."""
-        plan = plan or Plan()
-        sources = self.layout.sources_for(plan)
-        seen = {**self.see(prompt).features, **self._taps(prompt, [plan])}
+        """What each source of the LLM adds at gain 1: [sources, N, d] in the order of `Layout.rows_for(plan)`.
+
+        Without a plan, of the default one.
+        """
+        plan = self.layout.default if plan is None else plan
+        sources = self.layout.rows_for(plan)
+        seen = {**self.see(prompt, plan).features, **self._taps(prompt, [plan])}
         if not seen:
             return torch.zeros(len(sources), 0, self.layout.hidden_size, device=self.device)
         return torch.stack([seen[source.name] for source in sources])
@@ -341,6 +385,15 @@ class Engine:
             effect[names.index(name)] = row
         return effect
 
+    def logprobs(self, prompt: Prompt, answer: Answer | Sequence[int | Token], plans: Sequence[Plan]) -> Tensor:
+        """Log-probability of each answer token under each plan, float32 [plans, answer tokens], in one batch."""
+        ids = _ids(answer)
+        for plan in plans:
+            plan.validate(self.layout)
+        of_pass(self, prompt, len(plans), len(ids)).check(self)
+        with torch.no_grad(), self._device():
+            return self._chosen(self._run(prompt, plans, ids), ids)
+
     # Differentiable passes
 
     def logits(
@@ -354,8 +407,9 @@ class Engine:
     ) -> Tensor:
         """Logits [T, V] of one pass over prompt + answer; with `last` only those of the last positions.
 
-        `features` [sources, N, d] replaces what the vision tower saw (`Engine.features` of this plan); with `grad` the
-        result is differentiable with respect to it. A leading batch axis [B, sources, N, d] gives [B, T, V].
+        `features` [sources, N, d] replaces what the vision tower saw (`Engine.features` of this plan), whatever entered
+        the tower; with `grad` the result is differentiable with respect to it. A leading batch axis [B, sources, N, d]
+        gives [B, T, V].
         """
         with torch.set_grad_enabled(grad), self._device():
             hidden = self._run(prompt, [plan], _ids(answer), features=features)
@@ -369,17 +423,14 @@ class Engine:
 
         row_gains [sources, N] -> [answer tokens], or [B, sources, N] -> [B, answer tokens], which is the function an
         attribution method wants: all ones is the plan as it is, all zeros is no image. Sources are in the order of
-        `Layout.sources_for(plan)`; the plan's own gains and layers apply on top.
+        `Layout.rows_for(plan)`; the plan's own gains and layers apply on top.
         """
         ids = _ids(answer)
         rows = len(row_gains) if row_gains.ndim == 3 else 1
         of_pass(self, prompt, rows, len(ids), grad=torch.is_grad_enabled()).check(self)
         features = self.features(prompt, plan) * row_gains.to(self.device, self.dtype)[..., None]
         with torch.set_grad_enabled(torch.is_grad_enabled()), self._device():
-            hidden = self._run(prompt, [plan], ids, features=features)
-            logprobs = self._logits(hidden[:, hidden.shape[1] - len(ids) - 1 : -1]).float().log_softmax(-1)
-            chosen = torch.tensor(ids, device=self.device, dtype=torch.long).expand(len(logprobs), -1)
-            out = logprobs.gather(2, chosen[..., None]).squeeze(-1)
+            out = self._chosen(self._run(prompt, [plan], ids, features=features), ids)
         return out if row_gains.ndim == 3 else out[0]
 
     # Inside
@@ -387,7 +438,7 @@ class Engine:
     @contextmanager
     def _device(self) -> Iterator[None]:
         """The device for one forward pass. Running out of memory becomes a sentence; nothing stays behind."""
-        with self._lock:
+        with self._lock, self.compute_threads():
             try:
                 yield
             except (RuntimeError, MemoryError) as error:
@@ -398,6 +449,19 @@ class Engine:
                     f"{self.name} ran out of memory on {self.device}. Use a smaller image, a shorter conversation or "
                     "fewer plans at once."
                 ) from error
+
+    @contextmanager
+    def compute_threads(self) -> Iterator[None]:
+        """This engine's number of compute threads, for the thread that asks; what it had is put back."""
+        before = torch.get_num_threads()
+        if self.threads in (0, before):
+            yield
+            return
+        torch.set_num_threads(self.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def _free(self, error: BaseException) -> None:
         """Gives back what the frames of a failed pass, which the error keeps, what is held, and then torch have."""
@@ -414,7 +478,7 @@ class Engine:
         if prompt.images:
             for plan in plans:
                 plan.validate(self.layout)
-            pairs = dict.fromkeys((e.source, e.layer) for plan in plans for e in plan)
+            pairs = dict.fromkeys((e.source, e.layer) for plan in plans for e in plan if not e.in_tower)
             for source, layer in pairs:
                 gains = tuple(plan.gain(source, layer) for plan in plans)
                 injections.setdefault(layer, []).append(Injection(source, gains, features[source]))
@@ -448,10 +512,10 @@ class Engine:
         The `begin` first positions are in `cache` already, under the same plans. Call under the lock.
         """
         if features is None:
-            seen = {**self.see(prompt).features, **self._taps(prompt, plans)}
+            seen = {**self._see_all(prompt, plans).features, **self._taps(prompt, plans)}
             batch = len(plans)
         else:
-            sources = self.layout.sources_for(plans[0])
+            sources = self.layout.rows_for(plans[0])
             seen = {source.name: features.select(-3, i) for i, source in enumerate(sources)}
             batch = len(features) if features.ndim == 4 else 1
         ids = prompt.input_ids
@@ -475,8 +539,15 @@ class Engine:
                 use_cache=cache is not None,
             ).last_hidden_state
 
+    def _chosen(self, hidden: Tensor, ids: Sequence[int]) -> Tensor:
+        """Log-probability of each of the answer's ids, given normed states of prompt and answer [B, T, d]: [B, ids]."""
+        logprobs = self._logits(hidden[:, hidden.shape[1] - len(ids) - 1 : -1]).float().log_softmax(-1)
+        chosen = torch.tensor(ids, device=self.device, dtype=torch.long).expand(len(logprobs), -1)
+        return logprobs.gather(2, chosen[..., None]).squeeze(-1)
+
     def _logits(self, hidden: Tensor) -> Tensor:
-        return self.adapter.lm_head(hidden)
+        """Logits on the device of the embeddings, wherever the last layer and the head are."""
+        return self.adapter.lm_head(hidden).to(self.device)
 
     def _start(self, text: str) -> list[int]:
         """What the tokenizer itself puts before a text (a beginning-of-text token), unless the template wrote it."""
@@ -598,7 +669,8 @@ class Generation:
             if self._part.rows:
                 engine.together.drop(self._part, [at for at in range(len(self._live)) if at not in keep])
             else:
-                self._part.cache.batch_select_indices(torch.tensor(keep, device=engine.device))
+                # Indices on the CPU: layers may be on several devices.
+                self._part.cache.batch_select_indices(torch.tensor(keep))
         self._live = [self._live[at] for at in keep]
         if self.done:
             self._let_go()
@@ -659,8 +731,8 @@ class Generation:
     def _prefill(self) -> Tensor:
         """Logits [K, V] after the prompt; all injection happens here."""
         engine = self.engine
-        self._sight = engine.see(self.prompt)
         plans = [row.plan for row in self.rows]
+        self._sight = engine._see_all(self.prompt, plans)
         cache = self._part.cache = DynamicCache(config=engine.adapter.decoder.config)
         begin = engine.prefixes.take_up(cache, self._marks(), plans, engine.shortest_prefix)
         hidden = engine._run(self.prompt, plans, (), cache=cache, begin=begin)

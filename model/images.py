@@ -163,6 +163,9 @@ def _from_bytes(data: bytes, name: str, limits: Limits) -> Image.Image:
         ) from error
 
 
+VIDEOS = tuple(b"ftyp" + brand for brand in (b"isom", b"iso2", b"mp41", b"mp42", b"avc1", b"M4V ", b"qt  ", b"3gp4"))
+
+
 def _guess(data: bytes) -> str:
     """What the bytes seem to be instead of a picture, as the end of the sentence 'NAME is …'."""
     head = data[:512].lstrip()
@@ -172,6 +175,8 @@ def _guess(data: bytes) -> str:
         return "an HEIC photo, which this app cannot open; save it as JPEG"
     if b"<svg" in head.lower():
         return "an SVG drawing, not a picture of pixels; save it as PNG"
+    if data[4:12] in VIDEOS or data[8:12] == b"AVI " or data.startswith(b"\x1a\x45\xdf\xa3"):  # MP4, AVI, WebM
+        return "a video, and only still pictures can be asked about here; save one of its frames as PNG"
     if head.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6")):
         return "a PostScript file, not a picture; save it as PNG"
     if (

@@ -7,7 +7,7 @@ requests cannot see one another. Knows nothing about families, tokens or images;
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -56,7 +56,7 @@ class Pass:
     """One forward pass: what enters before which layer, at which sequence positions, and who writes down."""
 
     injections: dict[int, list[Injection]]
-    positions: Tensor | None  # int64 [N], device of the model
+    positions: Tensor | None  # int64 [N], on the device where what a recorder gets is wanted
     recorder: Recorder | None = None
 
     def after(self, begin: int) -> Pass:
@@ -75,14 +75,17 @@ class Pass:
         wanted = self.injections.get(layer, ())
         after, parts = hidden, {}
         if wanted:
-            parts = {injection.source: injection.scaled() for injection in wanted}
+            # Layers may lie on several devices: what is added goes to where the stream is.
+            parts = {injection.source: injection.scaled().to(hidden.device) for injection in wanted}
             total = None
             for part in parts.values():
                 total = part if total is None else total + part
             after = hidden.clone()
-            after[:, self.positions] += total
+            after[:, self.positions.to(hidden.device)] += total
         if self.recorder is not None:
-            self.recorder.layer_input(layer, hidden, parts, after)
+            here = self.positions.device
+            moved = {source: part.to(here) for source, part in parts.items()}
+            self.recorder.layer_input(layer, hidden.to(here), moved, after.to(here))
         return after
 
 
@@ -105,8 +108,21 @@ def install(decoder: nn.Module) -> list:
     Without an active pass each hook costs one ContextVar read and changes nothing.
     """
     decoder.set_attn_implementation(ATTENTION)
+    handles = hook_layers(decoder.layers)
+
+    def before_norm(module: nn.Module, args: tuple) -> None:
+        current = _ACTIVE.get()
+        if current is not None and current.recorder is not None:
+            current.recorder.final(args[0].to(current.positions.device))
+
+    handles.append(decoder.norm.register_forward_pre_hook(before_norm))
+    return handles
+
+
+def hook_layers(layers: Iterable[nn.Module]) -> list:
+    """Lets an active pass add to the input of these layers, a decoder's or a vision tower's. Returns the handles."""
     handles = []
-    for index, layer in enumerate(decoder.layers):
+    for index, layer in enumerate(layers):
 
         def before(module: nn.Module, args: tuple, index: int = index):
             current = _ACTIVE.get()
@@ -115,13 +131,6 @@ def install(decoder: nn.Module) -> list:
             return (current.before_layer(index, args[0]), *args[1:])
 
         handles.append(layer.register_forward_pre_hook(before))
-
-    def before_norm(module: nn.Module, args: tuple) -> None:
-        current = _ACTIVE.get()
-        if current is not None and current.recorder is not None:
-            current.recorder.final(args[0])
-
-    handles.append(decoder.norm.register_forward_pre_hook(before_norm))
     return handles
 
 

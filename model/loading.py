@@ -15,6 +15,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
-from transformers import PreTrainedConfig
+from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 from model.errors import UserError
 from model.families import Family, detect
@@ -55,6 +56,11 @@ NEEDED = {  # beside config and weights: what it is -> the files that can hold i
 }
 DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # all that a checkpoint needs
 SMALL = 2**30  # bytes in float32; a model below it runs in float32 on a GPU too, where that costs nothing
+SPLIT = "split"  # as a device: accelerate spreads the model's layers over all GPUs
+KEPT_WHOLE = (  # never quantised: what the families' models call their vision side, and their heads
+    *("visual", "vision_tower", "vision_model", "multi_modal_projector", "layerwise_projectors", "spatial_projectors"),
+    "lm_head",
+)
 HEADROOM = 1.1  # memory needed to load a model, as a multiple of its weights
 
 Progress = Callable[[float, str], None]  # (0..1, what is being done)
@@ -312,6 +318,7 @@ def _devices() -> str:
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUANTISED = {"int8": 1.1, "nf4": 0.7}  # by bitsandbytes -> bytes of a weight, a little more than of its own
 DTYPES_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -320,7 +327,8 @@ def choose_dtype(wanted: str | None, device: torch.device, parameters: int) -> t
     if wanted not in (None, "", "auto"):
         name = DTYPES_SHORT.get(wanted, wanted)
         if name not in DTYPES:
-            raise UserError(f"The number format “{wanted}” is not known; use one of {', '.join(DTYPES)}.")
+            known = ", ".join([*DTYPES, *QUANTISED])
+            raise UserError(f"The number format “{wanted}” is not known; use one of {known}.")
         return DTYPES[name], f"{name}: asked for"
     if device.type == "cpu":
         return torch.float32, "float32: exact, and the fastest on most CPUs"
@@ -331,6 +339,31 @@ def choose_dtype(wanted: str | None, device: torch.device, parameters: int) -> t
     return torch.float32, f"float32: {device.type} has no bfloat16 here"
 
 
+def check_split() -> str:
+    """Why a model is spread; UserError where there is no GPU to spread it over."""
+    count = torch.cuda.device_count() if choose_device()[0].type == "cuda" else 0
+    if not count:
+        raise UserError(f"{SPLIT} spreads a model over the GPUs, and none was found; leave --device out, or use cpu.")
+    return f"{SPLIT}: spread over {count} GPU{'s' * (count > 1)}, and the CPU for what does not fit there"
+
+
+def quantised(name: str, device: torch.device) -> tuple[dict, str]:
+    """(what from_pretrained takes, why) of a format of bitsandbytes; UserError where that is not installed.
+
+    Only the LLM's layers are quantised: the vision tower, its mergers and the head stay, and with them the stacks.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"The number format {name} needs the package bitsandbytes, which is not installed (pip install "
+            f"bitsandbytes); without it use one of {', '.join(DTYPES)}."
+        )
+    if device.type != "cuda":
+        raise UserError(f"The number format {name} runs on a CUDA GPU, not on {device}; use float32.")
+    how = {"load_in_8bit": True} if name == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config = BitsAndBytesConfig(**how, bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=list(KEPT_WHOLE))
+    return {"quantization_config": config}, f"{name}: asked for; layers of the LLM, all else in bfloat16"
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on this device; on a GPU also what torch holds there and does not use."""
     if device.type != "cuda":
@@ -339,13 +372,16 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
-def check_memory(needed: int, device: torch.device, name: str) -> None:
-    """UserError where the weights alone do not fit into the memory that is free."""
-    free = free_memory(device)
+def check_memory(needed: float, device: torch.device, name: str, split: bool = False) -> None:
+    """UserError where the weights alone do not fit into the memory that is free; split: on all GPUs and the CPU."""
+    free, where = free_memory(device), str(device)
+    if split:
+        gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+        free, where = sum(map(free_memory, [*gpus, torch.device("cpu")])), "all devices"
     if needed * HEADROOM > free:
         raise UserError(
-            f"{name} needs {gigabytes(needed * HEADROOM)} of memory on {device} and {gigabytes(free)} are free; "
-            "use a smaller model, another --device or --dtype bfloat16."
+            f"{name} needs {gigabytes(needed * HEADROOM)} of memory on {where} and {gigabytes(free)} are free; "
+            f"use a smaller model, another --device, --dtype bfloat16, or {' or '.join(QUANTISED)} with bitsandbytes."
         )
 
 
@@ -360,20 +396,32 @@ def gigabytes(n: float) -> str:
 def load(name: str, *, device: str | None = None, dtype: str | None = None, progress: Progress | None = None) -> Engine:
     """The engine of a model: "embedded", "embedded/<name>", a hub id or a folder; UserError for what is wrong with it.
 
-    device ("cpu", "cuda", "cuda:1" …) and dtype ("float32", "bfloat16", "float16") are chosen where they are not given;
-    `engine.reasons` says why.
+    device ("cpu", "cuda", "cuda:1" …, or "split" over all GPUs) and dtype ("float32", "bfloat16", "float16", or with
+    bitsandbytes "int8", "nf4") are chosen where they are not given; `engine.reasons` says why.
     """
     name = canonical(name)
     folder = find(name, progress)
     family = check_type(folder / "config.json", name)
     parameters = check_files(folder, name, family.unused_weights(), family.lacks)
-    chosen, why_device = choose_device(device)
-    number, why_dtype = choose_dtype(dtype, chosen, parameters)
-    check_memory(parameters * number.itemsize, chosen, name)
+    placing: dict = {}
+    if device == SPLIT:
+        why_device, chosen = check_split(), torch.device("cuda", 0)
+        placing["device_map"] = "auto"
+    else:
+        chosen, why_device = choose_device(device)
+    if dtype in QUANTISED:
+        number, per_weight = torch.bfloat16, QUANTISED[dtype]
+        config, why_dtype = quantised(dtype, chosen)
+        placing |= config
+    else:
+        number, why_dtype = choose_dtype(dtype, chosen, parameters)
+        per_weight = number.itemsize
+    check_memory(parameters * per_weight, chosen, name, split=device == SPLIT)
     if progress:
         progress(0.9, f"loading the weights of {name}")
     try:
-        engine = family.build(str(folder), chosen, number, name=name, reasons=(why_device, why_dtype))
+        reasons = (why_device, why_dtype)
+        engine = family.build(str(folder), chosen, number, name=name, reasons=reasons, placing=placing)
     except UserError:
         raise
     except Exception as error:

@@ -125,7 +125,9 @@ def _tower(engine: Engine, prompt: Prompt) -> int:
     for grid in prompt.grids:
         rows[grid.index] += len(grid.positions)
     merged = getattr(vision, "spatial_merge_size", 1) ** 2
-    views = sum(source.tap is None for source in engine.layout.sources) or 1  # samples of a larger view are tiles more
+    views = (
+        sum(source.tap is None for source in engine.layout.all_sources) or 1
+    )  # samples of a larger view are tiles more
     patches = max(rows) * merged * views
     width = vision.hidden_size
     inner = getattr(vision, "intermediate_size", 4 * width)

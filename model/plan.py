@@ -1,8 +1,9 @@
-"""Plans: which stack enters before which LLM layer, and with which gain.
+"""Plans: which stack enters before which layer, and with which gain.
 
 A plan is a sparse matrix of gains, stacks x layers, and the one object that every part reads and writes: the picture,
-the URL, the command line, a sweep. "Before layer m" is the only convention. Nothing here knows tensors or models; a
-`Layout` says which plans a model can run.
+the URL, the command line, a sweep. "Before layer m" is the only convention. The layers are the LLM's, but for vision
+stacks ("v0"), which enter the vision tower's own stream: their layers are the tower's, and written so, `v0@v3`. Nothing
+here knows tensors or models; a `Layout` says which plans a model can run.
 """
 
 from __future__ import annotations
@@ -21,30 +22,47 @@ if TYPE_CHECKING:
 
 BASE = "base"
 DEEPEST = "deepest tap only"  # the preset that is to a model without a base what base@0 is to the others
+VISION = "v"  # "v0": stack 0 of those that enter the vision tower's own layers; before one of its layers: "v0@v3"
 TAP = "tap"  # "tap6": what vision block 6 gives, through the merger of the nearest trained tap
 _ENTRY = re.compile(r"(?P<source>[^@*\s]+)\s*@\s*(?P<layer>[^@*\s]+)\s*(?:\*\s*(?P<gain>[^@*\s]+))?")
 _HOW = "Write a plan as source@layer or source@layer*gain, joined by commas, for example base@0,0@1,1@2*0.5 (or none)"
 
 
 class Entry(NamedTuple):
-    """One injection: `gain` times the rows of `source`, added before LLM layer `layer`."""
+    """One injection: `gain` times the rows of `source`, added before layer `layer`, the LLM's or the vision tower's."""
 
     source: str
     layer: int
     gain: float
 
+    @property
+    def in_tower(self) -> bool:
+        """Whether it enters the vision tower, not the LLM."""
+        return enters_tower(self.source)
+
+    @property
+    def place(self) -> str:
+        """Source and layer as they are written: "0@1", "v0@v3"."""
+        return f"{self.source}@{VISION if self.in_tower else ''}{self.layer}"
+
     def __str__(self) -> str:
-        if self.gain == 1.0:
-            return f"{self.source}@{self.layer}"
-        gain = repr(self.gain)
-        return f"{self.source}@{self.layer}*{gain.removesuffix('.0')}"
+        gain = repr(self.gain).removesuffix(".0")
+        return self.place if self.gain == 1.0 else f"{self.place}*{gain}"
+
+
+def enters_tower(source: str) -> bool:
+    """Whether a source of this name enters the vision tower's layers, not the LLM's."""
+    return source.startswith(VISION)
 
 
 def source_order(source: str) -> tuple[int, int]:
-    """Sort key of source names: base first, then the stacks by number, then untrained taps by vision block."""
+    """Sort key of source names: base, the stacks by number, untrained taps by vision block, vision stacks by number."""
     if source == BASE:
         return (0, 0)
-    return (1, int(source)) if source.isdecimal() else (2, int(source.removeprefix(TAP)))
+    for kind, prefix in enumerate((VISION, TAP)):
+        if source.startswith(prefix):
+            return (3 - kind, int(source.removeprefix(prefix)))
+    return (1, int(source))
 
 
 class Plan:
@@ -61,9 +79,10 @@ class Plan:
         seen: set[tuple[str, int]] = set()
         kept = []
         for source, layer, gain in entries:
-            entry = Entry(_source(source), _layer(layer), _gain(gain))
+            name = _source(source)
+            entry = Entry(name, _layer(layer, name), _gain(gain))
             if (entry.source, entry.layer) in seen:
-                raise UserError(f"{entry.source}@{entry.layer} is given twice. Give each stack and layer once.")
+                raise UserError(f"{entry.place} is given twice. Give each stack and layer once.")
             seen.add((entry.source, entry.layer))
             if entry.gain != 0.0:
                 kept.append(entry)
@@ -138,8 +157,13 @@ class Plan:
         return tuple(dict.fromkeys(e.source for e in self.entries))
 
     def at(self, layer: int) -> tuple[tuple[str, float], ...]:
-        """What enters before `layer`: (source, gain) pairs, base first."""
-        return tuple((e.source, e.gain) for e in self.entries if e.layer == layer)
+        """What enters before LLM layer `layer`: (source, gain) pairs, base first."""
+        return tuple((e.source, e.gain) for e in self.entries if e.layer == layer and not e.in_tower)
+
+    @property
+    def tower(self) -> Plan:
+        """What of it enters the vision tower: all that the features of an image depend on."""
+        return Plan(e for e in self.entries if e.in_tower)
 
     def toggle(self, source: str, layer: int) -> Plan:
         """Without this injection if it is there, with it (gain 1) if it is not."""
@@ -154,9 +178,11 @@ class Plan:
         """The same plan with the injection of `source` before layer `old` moved before layer `new`, gain kept."""
         gain = self.gain(source, old)
         if not gain:
-            raise UserError(f"{source}@{old} is not in the plan {self}, so it cannot be moved.")
+            raise UserError(f"{Entry(source, old, 1.0).place} is not in the plan {self}, so it cannot be moved.")
         if old != new and self.gain(source, new):
-            raise UserError(f"{source}@{new} is already in the plan; remove it first or move {source} elsewhere.")
+            raise UserError(
+                f"{Entry(source, new, 1.0).place} is already in the plan; remove it first or move {source} elsewhere."
+            )
         return self.with_gain(source, old, 0.0).with_gain(source, new, gain)
 
     def without(self, source: str) -> Plan:
@@ -173,8 +199,7 @@ class Plan:
 
     def validate(self, layout: Layout) -> Plan:
         """Returns itself if the model can run it, else raises a UserError that lists what is allowed."""
-        names = [source.name for source in layout.sources]
-        names += [source.name for source in layout.untrained]
+        names = [source.name for source in (*layout.all_sources, *layout.untrained)]
         for e in self.entries:
             if e.source not in names:
                 for source in layout.sources:
@@ -182,15 +207,15 @@ class Plan:
                         raise UserError(
                             f"{e.source} is this model's stack {source.name}: write {source.name}@{e.layer}."
                         )
-                trained = [source.name for source in layout.sources]
+                trained = [source.name for source in layout.all_sources]
                 has = f"has {trained[0]} only, it has no stacks" if len(trained) == 1 else f"has {', '.join(trained)}"
                 if layout.untrained:
                     has += f" and untrained taps of its vision blocks 0 to {layout.n_vision_layers - 1}"
                 raise UserError(f"The plan {self} uses the stack “{_short(e.source)}”, but this model {has}.")
-            if e.layer >= layout.n_layers:
-                last = layout.n_layers - 1
+            if e.layer >= layout.layers_of(e.source):
+                last, whose = layout.layers_of(e.source) - 1, "vision" if e.in_tower else "LLM"
                 raise UserError(
-                    f"The plan {self} injects before layer {e.layer}, but this model's LLM layers are 0 to {last}."
+                    f"The plan {self} injects before layer {e.layer}, but this model's {whose} layers are 0 to {last}."
                 )
         return self
 
@@ -204,19 +229,30 @@ def _source(value: object) -> str:
     name = str(value).strip().lower()
     if name == BASE:
         return name
-    number = re.fullmatch(rf"({TAP})?([0-9]{{1,4}})", name)
+    number = re.fullmatch(rf"({TAP}|{VISION})?([0-9]{{1,4}})", name)
     if number:
         return f"{number[1] or ''}{int(number[2])}"
     raise UserError(
-        f"“{_short(value)}” is not a source: use base or the number of a stack (0, 1, 2 …), or tap6 for an "
-        f"untrained tap after vision block 6. {_HOW}."
+        f"“{_short(value)}” is not a source: use base or the number of a stack (0, 1, 2 …), tap6 for an untrained tap "
+        f"after vision block 6, or v0 for a stack that enters the vision tower. {_HOW}."
     )
 
 
-def _layer(value: object) -> int:
-    text = str(value).strip()
-    if re.fullmatch(r"[0-9]{1,4}", text):
-        return int(text)
+def _layer(value: object, source: str) -> int:
+    """A layer as a number, or as text: "3", and of the vision tower "v3", for the sources that enter there."""
+    text = str(value).strip().lower()
+    prefix = VISION if enters_tower(source) and isinstance(value, str) else ""
+    if re.fullmatch(rf"{prefix}[0-9]{{1,4}}", text):
+        return int(text.removeprefix(prefix))
+    if prefix and text.isdecimal():
+        raise UserError(
+            f"{source} enters the vision tower: write {source}@{VISION}{text}, its layer with a v before it."
+        )
+    if re.fullmatch(rf"{VISION}[0-9]{{1,4}}", text):
+        raise UserError(
+            f"{source} enters the LLM, not the vision tower: write {source}@{text.removeprefix(VISION)}; only vision "
+            f"stacks (v0, v1 …) enter before {text}."
+        )
     raise UserError(f"“{_short(value)}” is not a layer: use a whole number from 0. {_HOW}.")
 
 
@@ -240,7 +276,7 @@ def _stacks_at(layout: Layout, layers: Sequence[int]) -> Plan:
 def presets(layout: Layout) -> dict[str, Plan]:
     """Named plans for this model, only those it can run, each plan once (under its first name)."""
     default = layout.default
-    known = {source.name for source in layout.sources}
+    known = {source.name for source in layout.all_sources}
     stacks = [e for e in default if e.source != BASE]
     names = list(dict.fromkeys(e.source for e in stacks))
     layers = [e.layer for e in stacks]
@@ -261,7 +297,7 @@ def presets(layout: Layout) -> dict[str, Plan]:
 
     chosen: dict[str, Plan] = {}
     for label, plan in wanted.items():
-        fits = all(e.layer < layout.n_layers and e.source in known for e in plan)
+        fits = all(e.source in known and e.layer < layout.layers_of(e.source) for e in plan)
         if fits and plan not in chosen.values():
             chosen[label] = plan
     return chosen

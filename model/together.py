@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -122,7 +122,7 @@ class Together:
     def __init__(self, engine: Engine, max_bytes: int):
         """max_bytes: of the shared keys and values, padding included; who does not fit in decodes alone."""
         self.engine, self.max_bytes = engine, max_bytes
-        self.why_not = why_alone(DynamicCache(config=engine.adapter.decoder.config))  # "" where requests can share
+        self.why_not = why_alone(engine.adapter.decoder)  # "" where requests can share
         self.most = ROWS  # rows of one step; fewer after one that failed, until all have gone
         self._guard = threading.Lock()  # of all below; never held during a pass
         self._asked: list[Part] = []
@@ -347,11 +347,14 @@ def _alive(row: weakref.ref[Row]) -> bool:
     return found is not None and not found.gone
 
 
-def why_alone(cache: DynamicCache) -> str:
-    """Why requests of a model with such a cache cannot decode together, "" where they can.
+def why_alone(decoder: nn.Module) -> str:
+    """Why requests of this model cannot decode together, "" where they can.
 
     A row of another length is padded and masked, which only full attention lets one do.
     """
+    if len({parameter.device for parameter in decoder.parameters()}) > 1:
+        return "its layers lie on several devices"
+    cache = DynamicCache(config=decoder.config)
     kinds = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}
     if not kinds:
         return ""

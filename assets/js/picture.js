@@ -12,11 +12,16 @@
   const TOP = 44;
 
   const number = (gain) => String(Math.round(gain * 1000) / 1000);
-  const order = (name) => (name === 'base' ? -1 : name.startsWith('tap') ? 1e4 + Number(name.slice(3)) : Number(name));
+  const inTower = (source) => source.startsWith('v'); // enters a layer of the vision tower, not of the LLM
+  const order = (name) => {
+    if (name === 'base') return -1;
+    if (name.startsWith('tap')) return 1e4 + Number(name.slice(3));
+    return inTower(name) ? 2e4 + Number(name.slice(1)) : Number(name);
+  };
   const text = (entries) =>
     [...entries]
       .sort((a, b) => order(a.source) - order(b.source) || a.layer - b.layer)
-      .map((e) => `${e.source}@${e.layer}` + (e.gain === 1 ? '' : `*${number(e.gain)}`))
+      .map((e) => `${e.source}@${inTower(e.source) ? 'v' : ''}${e.layer}` + (e.gain === 1 ? '' : `*${number(e.gain)}`))
       .join(',') || 'none';
   const read = (plan) =>
     plan === 'none'
@@ -24,9 +29,11 @@
       : plan.split(',').map((part) => {
           const [source, rest] = part.split('@');
           const [layer, gain] = rest.split('*');
-          return { source, layer: Number(layer), gain: gain === undefined ? 1 : Number(gain) };
+          return { source, layer: Number(layer.replace('v', '')), gain: gain === undefined ? 1 : Number(gain) };
         });
-  const named = (source) => (source === 'base' ? 'base' : source.replace(/^tap/, 'untrained tap ').replace(/^(?=\d)/, 'stack '));
+  const named = (source) =>
+    source.replace(/^tap/, 'untrained tap ').replace(/^v(?=\d)/, 'vision stack ').replace(/^(?=\d)/, 'stack ');
+  const before = (source, layer) => `before ${inTower(source) ? 'vision ' : ''}layer ${layer}`;
 
   lens.picture = (element, props, trigger, watch) => {
     const root = element.querySelector('.dl-picture');
@@ -40,6 +47,7 @@
     let pending = ''; // those of a change that Python has not confirmed yet
 
     const model = () => props.value || {};
+    const layersOf = (source) => (inTower(source) ? model().layout.vision : model().layout.layers);
     const find = (source, layer) => entries.find((e) => e.source === source && e.layer === layer);
 
     function take() {
@@ -104,7 +112,7 @@
       change(next, { source, layer });
     }
     function move(source, from, to) {
-      if (to < 0 || to >= model().layout.layers || from === to || find(source, to)) return;
+      if (to < 0 || to >= layersOf(source) || from === to || find(source, to)) return;
       const there = find(source, from);
       seats[source] = to;
       if (!there) {
@@ -138,6 +146,7 @@
         step,
         gap,
         bottom,
+        x: NODE,
         height: Math.max(bottom + 14, 380),
         box: (layer) => TOP + (layout.layers - 1 - layer) * step,
         node: (layer) => TOP + (layout.layers - layer) * step - gap / 2 + (layer === 0 ? 3 : 0),
@@ -158,13 +167,15 @@
         'aria-label': `Stack picture of ${model().name}: one arrow per injection`,
       });
       const taps = layout.sources.some((s) => s.tap !== null && s.tap !== undefined);
-      const anchors = taps ? drawTower(canvas, layout, place) : drawViews(canvas, layout, place);
+      const within = layout.sources.some((s) => inTower(s.name)); // stacks that enter the tower itself
+      const anchors = taps || within ? drawTower(canvas, layout, place, within) : drawViews(canvas, layout, place);
       drawLayers(canvas, layout, place);
       const all = arrows();
       const taken = {};
       all.forEach((arrow) => {
-        const k = (taken[arrow.layer] = (taken[arrow.layer] ?? -1) + 1);
-        drawArrow(canvas, arrow, anchors[arrow.source], NODE - 19 * k, place);
+        const side = inTower(arrow.source) ? place.tower : place;
+        const k = (taken[before(arrow.source, arrow.layer)] = (taken[before(arrow.source, arrow.layer)] ?? -1) + 1);
+        drawArrow(canvas, arrow, anchors[arrow.source], side.x - 19 * k, side);
       });
       root.replaceChildren(canvas, ...panel(all));
       if (key) root.querySelector(`[data-key="${key}"]`)?.focus({ preventScroll: true });
@@ -256,22 +267,24 @@
     }
 
     /* The vision tower with its taps, and the image below it. */
-    function drawTower(canvas, layout, place) {
+    function drawTower(canvas, layout, place, within) {
       canvas.append(label(LEFT, 18, 'Vision tower', { class: 'dl-head' }));
       canvas.append(label(LEFT, 33, 'image at bottom'));
-      const shown = (lens.views && lens.views.views && lens.views.views[0]) || { name: 'the image', grid: [6, 6], src: '' };
+      const views = (lens.views && lens.views.views) || [{ name: 'the image', grid: [6, 6], src: '' }];
+      const shown = (within && views.find((v) => v.owners)) || views[0];
       const imageTop = Math.max(TOP + 140, place.bottom - 122);
       drawView(canvas, shown, LEFT, imageTop, 150, 104);
       const n = layout.vision;
       const room = imageTop - TOP - 14;
       const step = Math.min(34, room / n);
-      const x = LEFT + 30;
+      const x = LEFT + (within ? 88 : 30);
+      const gap = Math.min(8, step * 0.3);
       const anchors = {};
       const byTap = {};
       layout.sources.forEach((s) => s.tap !== null && s.tap !== undefined && (byTap[s.tap] = s.name));
       for (let i = 0; i < n; i++) {
         const top = TOP + (n - 1 - i) * step;
-        const height = step - Math.min(8, step * 0.3);
+        const height = step - gap;
         const tap = byTap[i];
         canvas.append(svg('rect', { x, y: top, width: 100, height, rx: 5, class: 'dl-layer' }));
         if (step >= 15 || tap !== undefined || i === n - 1) {
@@ -285,6 +298,13 @@
         if (tap !== undefined) anchors[tap] = [x + 102, top + height / 2];
       }
       anchors.base = [x + 102, TOP + 4];
+      place.tower = {
+        step,
+        x: x - 10,
+        height: place.height,
+        node: (layer) => TOP + (n - layer) * step - gap / 2,
+      };
+      layout.sources.filter((s) => inTower(s.name)).forEach((s, i) => (anchors[s.name] = [LEFT + 4 + 9 * i, imageTop + 10]));
       canvas.append(
         svg('path', { d: `M${x + 50},${imageTop - 2}v${-(imageTop - TOP - n * step) + 2}`, class: 'dl-flow' }),
       );
@@ -336,7 +356,8 @@
       const [x0, y0] = anchor || [LEFT + 100, place.bottom];
       const y = place.node(layer);
       const info = model().layout.sources.find((s) => s.name === source);
-      const what = on ? `on, before layer ${layer}, gain ${number(gain)}` : `off, was before layer ${layer}`;
+      const where = before(source, layer);
+      const what = on ? `on, ${where}, gain ${number(gain)}` : `off, was ${where}`;
       const group = svg('g', {
         class: `dl-arrow${on ? '' : ' dl-off'}${gain < 0 ? ' dl-negative' : ''}`,
         role: 'switch',
@@ -348,7 +369,9 @@
         style: `--c: ${colour(source)}; --ct: var(--source-${source}-text)`,
       });
       const bend = Math.max(28, (x - x0) * 0.55);
-      const path = `M${x0},${y0}C${x0 + bend},${y0} ${x - bend},${y} ${x - 8},${y}`;
+      const path = inTower(source) // up from the image below
+        ? `M${x0},${y0}C${x0},${(y0 + y) / 2} ${x0},${y} ${x - 8},${y}`
+        : `M${x0},${y0}C${x0 + bend},${y0} ${x - bend},${y} ${x - 8},${y}`;
       const width = on ? Math.max(1.4, Math.min(7, 3 * Math.abs(gain))) : 1.6;
       group.append(
         svg('path', { d: path, class: 'dl-hit' }),
@@ -409,13 +432,13 @@
       const zoom = place.height / box.height;
       let to = layer;
       let moved = false;
-      const ghost = svg('circle', { r: 9, class: 'dl-ghost', style: `--c: ${colour(source)}`, cx: NODE, cy: -20 });
+      const ghost = svg('circle', { r: 9, class: 'dl-ghost', style: `--c: ${colour(source)}`, cx: place.x, cy: -20 });
       canvas.append(ghost);
       const onMove = (e) => {
         if (!moved && Math.hypot(e.clientX - event.clientX, e.clientY - event.clientY) < 5) return;
         moved = true;
         const y = (e.clientY - box.top) * zoom;
-        const layers = model().layout.layers;
+        const layers = layersOf(source);
         to = 0;
         for (let l = 1; l < layers; l++) if (Math.abs(place.node(l) - y) < Math.abs(place.node(to) - y)) to = l;
         ghost.setAttribute('cy', place.node(to));
@@ -461,7 +484,7 @@
       const value = html('output', { text: at.on ? `×${number(at.gain)}` : 'off' });
       const slider = html('input', {
         type: 'range', min: -1, max: 2, step: 0.05, value: at.gain, 'data-key': 'gain',
-        'aria-label': `Gain of ${named(at.source)} before layer ${at.layer}`,
+        'aria-label': `Gain of ${named(at.source)} ${before(at.source, at.layer)}`,
         oninput: (event) => {
           value.textContent = `×${number(Number(event.target.value))}`;
         },
@@ -474,7 +497,7 @@
       });
       return html('div', { class: 'dl-gain', style: `--c: ${colour(at.source)}` }, [
         html('div', { class: 'dl-gain-row' }, [
-          html('b', { text: `${named(at.source)} → before layer ${at.layer}` }),
+          html('b', { text: `${named(at.source)} → ${before(at.source, at.layer)}` }),
           slider,
           value,
         ]),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,14 +77,18 @@ class Family(ABC):
         *,
         name: str | None = None,
         reasons: Sequence[str] = (),
+        placing: Mapping[str, Any] | None = None,
         **hub: Any,
     ) -> Engine:
-        """Loads a folder or hub id. `hub` goes to transformers' from_pretrained (revision, cache_dir, token …)."""
+        """Loads a folder or hub id. `hub` goes to transformers' from_pretrained (revision, cache_dir, token …).
+
+        placing: more of the model's alone (device_map, quantization_config).
+        """
         from model.engine import Engine
 
         source = str(source)
         tokenizer = cls.read_tokenizer(source, hub)
-        processor, model = cls.parts(source, load_kwargs(device, dtype, hub), hub)
+        processor, model = cls.parts(source, load_kwargs(device, dtype, hub) | dict(placing or {}), hub)
         return Engine(
             cls(model, tokenizer, processor, chat_template(source, hub)), name=name or source, reasons=reasons
         )
@@ -133,7 +137,8 @@ class Family(ABC):
     def encode(self, image: Image.Image) -> dict[str, Tensor]:
         """The vision tower on one image: source name -> [N, d], every source of the layout.
 
-        Rows are row-major over each of the image's regions, in order. A family that mixes images takes `alone` too.
+        Rows are row-major over each of the image's regions, in order. A family that mixes images takes `alone` too; one
+        whose layout has a `tower` takes `tower`, what of a plan enters there.
         """
 
     def encode_taps(self, image: Image.Image, names: Sequence[str]) -> dict[str, Tensor]:
@@ -217,6 +222,7 @@ def families() -> tuple[type[Family], ...]:
     from model.families.cosmos3_omni import Cosmos3Omni
     from model.families.deepstack_llama import DeepStackLlama
     from model.families.deepstack_llava import DeepStackLlava
+    from model.families.deepstack_v import DeepStackV
     from model.families.granite4_vision import Granite4Vision
     from model.families.granite_docling import GraniteDocling
     from model.families.llava import Llava
@@ -225,12 +231,14 @@ def families() -> tuple[type[Family], ...]:
     from model.families.qwen2_5_vl import Qwen25VL
     from model.families.qwen2_vl import Qwen2VL
     from model.families.qwen3_5 import Qwen35
+    from model.families.qwen3_5_moe import Qwen35Moe
     from model.families.qwen3_omni_moe import Qwen3OmniMoe
     from model.families.qwen3_vl import Qwen3VL
     from model.families.qwen3_vl_moe import Qwen3VLMoe
 
     stacks = (Qwen3VL, Qwen3VLMoe, Qwen3OmniMoe, Cosmos3Omni, CohereCompass, Granite4Vision, GraniteDocling)
-    return (*stacks, DeepStackLlama, DeepStackLlava, Qwen2VL, Qwen25VL, Qwen35, Llava, LlavaNext, LlavaOnevision)
+    papers = (DeepStackV, DeepStackLlama, DeepStackLlava)
+    return (*stacks, *papers, Qwen2VL, Qwen25VL, Qwen35, Qwen35Moe, Llava, LlavaNext, LlavaOnevision)
 
 
 def detect(config: PreTrainedConfig) -> type[Family]:

@@ -110,6 +110,10 @@ class DeepStackLlama(DeepStackLlava):
     fold_case = False
     own_type = True
     lacks = ("image processor",)
+    differs = (
+        "The released code shifts the stacks of a second image and cuts off what is too long without a word; here each "
+        "stack lies on its own image and a prompt that is too long is refused."
+    )
 
     def __init__(self, model: PreTrainedModel, tokenizer, processor: CLIPImageProcessorPil, chat_template: str | None):
         super().__init__(model, tokenizer, processor, TEMPLATE)  # a released folder has none
@@ -119,10 +123,7 @@ class DeepStackLlama(DeepStackLlava):
         if self.settings["tower"]:
             self.borrowed = model.model.vision_tower.num_parameters()
             self.note += f" Its tower was read from {self.settings['tower']}."
-        self.note += (
-            " The released code shifts the stacks of a second image and cuts off what is too long without a word; here "
-            "each stack lies on its own image and a prompt that is too long is refused."
-        )
+        self.note += f" {self.differs}"
 
     @classmethod
     def matches(cls, config: PreTrainedConfig) -> bool:
@@ -140,30 +141,41 @@ class DeepStackLlama(DeepStackLlava):
         released = PreTrainedConfig.from_dict({key: value for key, value in said.items() if value is not None})
         place = find_tower(released, Path(source))
         vision, processor = read_tower(place)
-        config = shaped(released, vision)
+        config = cls.shaped(released, vision)
         model, seen = model_class(config).from_pretrained(
             source, config=config, key_mapping=NAMES, output_loading_info=True, **options
         )
         tower = {TOWER + name for name in model.model.vision_tower.state_dict()}
         if tower <= set(seen["missing_keys"]):
-            model.model.vision_tower = read_tower_weights(place, options)
+            whole = {key: value for key, value in options.items() if key != "quantization_config"}
+            model.model.vision_tower = read_tower_weights(place, whole)
             model.config.deepstack["tower"] = place
         return processor, model
 
     @classmethod
     def unfilled(cls, config: PreTrainedConfig) -> PreTrainedModel:
-        config = shaped(config, read_tower(config.mm_vision_tower)[0])
+        config = cls.shaped(config, read_tower(config.mm_vision_tower)[0])
         return model_class(config)(config)
 
-    @staticmethod
-    def layout_of(config: PreTrainedConfig) -> tuple[Layout, tuple[str, ...]]:
+    @classmethod
+    def shaped(cls, config: PreTrainedConfig, vision: CLIPVisionConfig) -> LlavaConfig | LlavaNextConfig:
+        """The config of transformers' model that a released config describes; UserError where it cannot be run."""
+        return shaped(config, vision)
+
+    @classmethod
+    def as_read(cls, config: PreTrainedConfig) -> PreTrainedConfig:
+        """What a released config is read into; that itself as it is."""
+        released = config.model_type in cls.model_types
+        return cls.shaped(config, read_tower(config.mm_vision_tower)[0]) if released else config
+
+    @classmethod
+    def layout_of(cls, config: PreTrainedConfig) -> tuple[Layout, tuple[str, ...]]:
         """Of a released config, or of what it is read into."""
-        if config.model_type in DeepStackLlama.model_types:
-            config = shaped(config, read_tower(config.mm_vision_tower)[0])
+        config = cls.as_read(config)
         settings = settings_of(config)
         if not settings["hd"]:
-            return layout_of(config, DeepStackLlama.name)
-        layout, warnings = layout_of(config, DeepStackLlama.name, num_crops=stack_scale(settings) ** 2, sampling="2d")
+            return layout_of(config, cls.name)
+        layout, warnings = layout_of(config, cls.name, num_crops=stack_scale(settings) ** 2, sampling="2d")
         if settings["sampling"] != "2d":
             warnings += (
                 f"The config asks for {settings['sampling']} sampling, which HD does not look at: its views are always "

@@ -110,9 +110,16 @@ class DeepStackLlava(Family):
         parameter = self.model.model.multi_modal_projector.linear_1.weight
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).to(parameter.device, parameter.dtype)
 
+    def _states(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """[B, 3, tile, tile] -> the tower's hidden states, before layer 0, after layer 0, …"""
+        return self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+
     def _features(self, pixels: Tensor) -> Tensor:
         """[B, 3, tile, tile] -> [B, side, side, vision width]: the tower's selected layer, without the class token."""
-        states = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[self.vision_layer]
+        return self._square(self._states(pixels)[self.vision_layer])
+
+    def _square(self, states: Tensor) -> Tensor:
+        """Hidden states of views -> [B, side, side, vision width]."""
         if self.model.config.vision_feature_select_strategy == "default":
             states = states[:, 1:]
         return states.unflatten(1, (self.side, self.side))
@@ -224,7 +231,7 @@ def settings_of(config: PreTrainedConfig) -> dict:
     return settings
 
 
-def _label(k: int, num_crops: int, sampling: str) -> str:
+def set_label(k: int, num_crops: int, sampling: str) -> str:
     """Where set k lies in the high-resolution view of a square image."""
     if sampling != "2d":
         return f"tile {k}" if sampling == "grid" else f"sample {k} · tokens {k}::{num_crops}"
@@ -253,7 +260,7 @@ def layout_of(
             home = min(layer, layers - 1)
             words = f"added before LLM layer {layer} (start {start}, interval {interval})"
             sources.append(
-                StackSource(str(k), _label(k, settings["num_crops"], settings["sampling"]), None, home, words)
+                StackSource(str(k), set_label(k, settings["num_crops"], settings["sampling"]), None, home, words)
             )
             if layer < layers:
                 entries.append((str(k), layer, 1.0))

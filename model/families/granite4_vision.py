@@ -4,13 +4,16 @@ Traps: there is no image embedding at the input. The image rows start as zero ve
 picture is gone; what compares with the `base@0` of other families is the plan “deepest tap only”. The order is the
 reverse of Qwen3-VL's: shallow taps enter the deep layers. The config counts the tower's hidden states, where 0 is the
 patch embeddings and n the output of block n-1, and adds *before* LLM layer l, the convention used here. Two stacks for
-one layer do not add up: the model's own code keeps the last. Tokens lie as LLaVA-NeXT's do, row ends included.
+one layer do not add up: the model's own code keeps the last. A block that is not in the config's map can be tapped
+through the projector of the nearest one that is. Tokens lie as LLaVA-NeXT's do, row ends included.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -18,6 +21,7 @@ from model.errors import UserError
 from model.families.granite import Granite
 from model.families.llava import check_tower
 from model.families.llava_next import LlavaNext
+from model.families.qwen import nearest, untrained_taps
 from model.layout import Layout, StackSource
 from model.plan import Plan
 
@@ -49,6 +53,26 @@ class Granite4Vision(Granite, LlavaNext):
     def sources(self, seen) -> dict[str, Tensor]:
         return {str(k): rows[0] for k, (_, rows) in enumerate(seen.deepstack_features)}
 
+    def encode_taps(self, image: Image.Image, names: Sequence[str]) -> dict[str, Tensor]:
+        inner, config = self.model.model, self.model.config
+        pixels = {name: value.to(self.model.device) for name, value in self.pixels([image]).items()}
+        states = inner.vision_tower(pixels["pixel_values"][0], output_hidden_states=True).hidden_states
+        depth, strategy = config.vision_config.num_hidden_layers, config.vision_feature_select_strategy
+        trained = {block_of(state, depth): k for k, (state, _) in enumerate(config.deepstack_layer_map)}
+        found = {}
+        for name in names:
+            tap = self.layout.source(name).tap
+            seen = states[tap + 1][:, 1:] if strategy == "default" else states[tap + 1]
+            views = inner.layerwise_projectors[trained[nearest(tap, self.taps)]](seen)
+            packed = inner.pack_image_features([views], pixels["image_sizes"], strategy, inner.image_newline)
+            found[name] = packed[0]
+        return found
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Vision blocks of which the model makes a stack of its own; the four spatial ones share one."""
+        return trained_taps(self.model.config)
+
 
 def layout_of(config: PreTrainedConfig) -> tuple[Layout, tuple[str, ...]]:
     """The layout that a config's two maps really give, and warnings in words where that is not what they say."""
@@ -70,7 +94,7 @@ def layout_of(config: PreTrainedConfig) -> tuple[Layout, tuple[str, ...]]:
     last = {layer: str(k) for k, (_, layer, _) in enumerate(pairs)}  # the model's own dict: later ones overwrite
     sources, entries, lost, late = [], [], [], []
     for k, (state, layer, corner) in enumerate(pairs):
-        tap = (state if state >= 0 else depth + 1 + state) - 1
+        tap = block_of(state, depth)
         label = f"tap after vision block {tap}{corner}" if tap >= 0 else f"patch embeddings{corner}"
         home = min(max(layer, 0), layers - 1)
         sources.append(StackSource(str(k), label, tap if tap >= 0 else None, home, f"added before LLM layer {layer}"))
@@ -101,5 +125,18 @@ def layout_of(config: PreTrainedConfig) -> tuple[Layout, tuple[str, ...]]:
         hidden_size=config.text_config.hidden_size,
         default=Plan(entries),
         convention="Granite's code adds a stack before the LLM layer that its config names; the same is meant here.",
+        untrained=untrained_taps(depth, {s.tap: s.home for s in sources if s.tap in trained_taps(config)}, "projector"),
     )
     return layout, tuple(warnings)
+
+
+def block_of(state: int, depth: int) -> int:
+    """The vision block whose output a hidden state is; -1 of the patch embeddings. state: counted from either end."""
+    return (state if state >= 0 else depth + 1 + state) - 1
+
+
+def trained_taps(config: PreTrainedConfig) -> tuple[int, ...]:
+    """The vision blocks of `deepstack_layer_map`, in its order, each once."""
+    depth = config.vision_config.num_hidden_layers
+    found = (block_of(state, depth) for state, _ in config.deepstack_layer_map or ())
+    return tuple(dict.fromkeys(block for block in found if block >= 0))

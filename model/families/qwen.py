@@ -7,7 +7,7 @@ declaration beside this file; what a model does with sound, speech or drawing is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -187,13 +187,6 @@ def tapped_layout(
     for k, tap in enumerate(taps):
         home = min(k + 1, layers - 1)
         sources.append(StackSource(str(k), f"tap after vision block {tap}", tap, home, f"added after LLM layer {k}"))
-    untrained = []
-    for block in range(depth if taps else 0):
-        if block not in taps:
-            near = nearest(block, taps)
-            label = f"untrained tap after vision block {block}, through the merger of block {near}"
-            home = sources[1 + taps.index(near)].home
-            untrained.append(StackSource(f"{TAP}{block}", label, block, home, "not in the model's own code"))
     default = Plan([(BASE, 0, 1.0), *((str(k), k + 1, 1.0) for k in range(len(taps)) if k + 1 < layers)])
     layout = Layout(
         family=family,
@@ -203,6 +196,20 @@ def tapped_layout(
         hidden_size=config.text_config.hidden_size,
         default=default,
         convention=f"{title}'s code adds stack k after LLM layer k; that is before layer k+1 here.",
-        untrained=tuple(untrained),
+        untrained=untrained_taps(depth, {source.tap: source.home for source in sources[1:]}),
     )
     return layout, tuple(warnings)
+
+
+def untrained_taps(depth: int, homes: Mapping[int, int], through: str = "merger") -> tuple[StackSource, ...]:
+    """Sources for the vision blocks of which no stack was made, if any was made of others.
+
+    homes: trained tap -> the LLM layer its stack enters before; through: what a tap goes through, for people.
+    """
+    found = []
+    for block in range(depth if homes else 0):
+        if block not in homes:
+            near = nearest(block, tuple(homes))
+            label = f"untrained tap after vision block {block}, through the {through} of block {near}"
+            found.append(StackSource(f"{TAP}{block}", label, block, homes[near], "not in the model's own code"))
+    return tuple(found)

@@ -162,7 +162,7 @@ def test_nothing_to_attribute():
     text_only = engine.prompt(tiny.ask("Hello?"))
     with pytest.raises(UserError, match="no image"):
         attribution.ablation(engine, text_only, answer)
-    with pytest.raises(UserError, match="plan is none"):
+    with pytest.raises(UserError, match="plan none brings nothing into the LLM"):
         attribution.ablation(engine, prompt, answer, Plan())
     with pytest.raises(ValueError, match="one part"):
         attribution.ablation(engine, prompt, answer, per_source=False)

@@ -96,11 +96,11 @@ def vocabulary(pieces: tuple[str, ...], kind: int = TrainerSpec.BPE) -> bytes:
     return out.SerializeToString()
 
 
-def tower_folder(path: Path, weights: CLIPVisionModel | None = None) -> None:
+def tower_folder(path: Path, weights: CLIPVisionModel | None = None, depth: int = 3) -> None:
     """A CLIP folder: its config and processor, and its weights if they are given."""
     path.mkdir(parents=True, exist_ok=True)
     if weights is None:
-        CLIPVisionConfig(**VISION).save_pretrained(path)
+        CLIPVisionConfig(**VISION | {"num_hidden_layers": depth}).save_pretrained(path)
     else:
         weights.save_pretrained(path)
     pixels = {"image_processor_type": "CLIPImageProcessor", "image_mean": MEAN, "image_std": STD}
@@ -108,12 +108,15 @@ def tower_folder(path: Path, weights: CLIPVisionModel | None = None) -> None:
     tiny._write(path, "preprocessor_config.json", pixels)
 
 
-def released_folder(path: Path, hd: bool = False, layers: int = 6, inside: bool = True, **changes: object) -> Path:
+def released_folder(
+    path: Path, hd: bool = False, layers: int = 6, inside: bool = True, depth: int = 3, **changes: object
+) -> Path:
     """A released checkpoint. inside: the tower's weights lie among the others; else only in the folder "clip"."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     text = LlamaConfig(**TEXT, num_hidden_layers=layers, vocab_size=len(PIECES))
-    llama, tower = LlamaForCausalLM(text), CLIPVisionModel(CLIPVisionConfig(**VISION))
+    vision = CLIPVisionConfig(**VISION | {"num_hidden_layers": depth})
+    llama, tower = LlamaForCausalLM(text), CLIPVisionModel(vision)
     projector = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 64))
     for seed, module in enumerate((llama, tower, projector), start=20 + 10 * hd):
         tiny._randomise(module, seed)
@@ -133,7 +136,7 @@ def released_folder(path: Path, hd: bool = False, layers: int = 6, inside: bool 
         where |= dict.fromkeys(shard, file)
     total = sum(value.nbytes for value in weights.values())
     tiny._write(path, "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
-    tower_folder(path / "clip", None if inside else tower)
+    tower_folder(path / "clip", None if inside else tower, depth)
     config = {
         "_name_or_path": "checkpoints/vicuna-7b-v1.5",
         "architectures": ["DeepstackLlamaForCausalLM"],
@@ -172,6 +175,12 @@ def released_folder(path: Path, hd: bool = False, layers: int = 6, inside: bool 
 
 def hd_folder(path: Path) -> Path:
     return released_folder(path, hd=True)
+
+
+def v_folder(path: Path, **changes: object) -> Path:
+    """DeepStack-V: a tower of six layers, stacks before its last four."""
+    said = {"deepstack_args_for_ablation": "deepstack_vit+2xsample+lsvit_start_layer_2"}
+    return released_folder(path, depth=6, **said | changes)
 
 
 # ---- what a conversation becomes, without the code under test
@@ -233,8 +242,9 @@ def inputs(folder: Path, messages: list[dict]) -> dict[str, Tensor]:
     """input_ids, and per image `grids` [2] as (columns, rows), `pixel_values` and, for HD, `pixel_larger`."""
     chunks, images = tokens_of(messages)
     images = [image.convert("RGB") for image in images]
-    hd = json.loads((folder / "config.json").read_text()).get("is_anyres_deepstack", False)
-    grids = [grid_of(image) for image in images]
+    config = json.loads((folder / "config.json").read_text())
+    hd, v = config.get("is_anyres_deepstack", False), config.get("deepstack_args_for_ablation")
+    grids = [(2, 2) if v else grid_of(image) for image in images]
     ids = list(chunks[0])
     for (columns, rows), chunk in zip(grids, chunks[1:], strict=True):
         ids += [0] * (SIDE**2 + (rows * SIDE * (columns * SIDE + 1) if hd else 0)) + chunk
@@ -381,6 +391,30 @@ class Reference(nn.Module):
         return input_ids
 
 
+class ReferenceV(Reference):
+    """DeepStack-V: the tower's layers run one by one, the global view's and the tiles' tokens each on their own."""
+
+    def image(self, grid: tuple[int, int], small: Tensor, larger: None) -> list[Tensor]:
+        assert grid == (2, 2) and larger is None
+        layers, start = self.tower.encoder.layers, self.start(len(self.tower.encoder.layers))
+        hidden, fine = (self.tower.pre_layrnorm(self.tower.embeddings(views)) for views in (small[:1], small[1:5]))
+        for layer in layers[:start]:
+            fine = layer(fine, None)
+        sets = self.sets(whole(fine[:, 1:].unflatten(1, (SIDE, SIDE)), 2, 2), 2, 2, "2d")
+        states = []
+        for number, layer in enumerate(layers):
+            if self.stacking and 0 <= number - start < len(sets):
+                hidden = torch.cat([hidden[:, :1], hidden[:, 1:] + sets[number - start]], dim=1)
+            states.append(hidden)
+            hidden = layer(hidden, None)
+        states.append(hidden)
+        return [self.projector(states[self.config["mm_vision_select_layer"]][0, 1:])]
+
+    def start(self, depth: int) -> int:
+        said = self.config["deepstack_args_for_ablation"]
+        return int(said.rpartition("_")[2]) if "lsvit_start_layer" in said else depth // 2
+
+
 def whole(views: Tensor, columns: int, rows: int) -> Tensor:
     """Views [rows * columns, 4, 4, d] -> one map [rows * 4, columns * 4, d]."""
     lines = [torch.cat(list(views[y * columns : (y + 1) * columns]), dim=1) for y in range(rows)]
@@ -402,4 +436,7 @@ RELEASED = {
 ENTRIES = {
     "deepstack_llama": Entry("deepstack_llama", released_folder, Reference, inputs, **RELEASED),
     "deepstack_llama_hd": Entry("deepstack_llama", hd_folder, Reference, inputs, **RELEASED),
+    "deepstack_v": Entry(
+        "deepstack_v", v_folder, ReferenceV, inputs, **RELEASED | {"default": "base@0,v0@v2,v1@v3,v2@v4,v3@v5"}
+    ),
 }

@@ -5,10 +5,13 @@ import threading
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from transformers import LlavaForConditionalGeneration, Qwen3VLForConditionalGeneration
 
 from model import instrument
 from model.instrument import ATTENTION, Injection, Pass, active
+from model.loading import load
 from model.plan import Plan
 from model.probe import AttentionWish, Probe
 from model.types import Sampling
@@ -324,3 +327,36 @@ def test_only_the_language_model_uses_the_recording_attention(kind):
     engine = tiny.engine(kind)
     assert engine.adapter.decoder.config._attn_implementation == ATTENTION
     assert engine.model.config.vision_config._attn_implementation == "sdpa"
+
+
+# ---- layers on several devices
+
+
+def test_what_enters_goes_to_where_the_stream_is():
+    """The meta device stands for a second GPU: adding what lies on another device would be an error."""
+    rows, positions = torch.ones(2, 8), torch.tensor([1, 2])
+    current = Pass({3: [Injection("0", (1.0, 0.5), rows)]}, positions)
+    assert current.before_layer(3, torch.zeros(2, 4, 8, device="meta")).device.type == "meta"
+    here = current.before_layer(3, torch.zeros(2, 4, 8))
+    assert here[1, 1:3].eq(0.5).all() and not here[:, 0].any()
+
+
+@FAMILY
+def test_a_dispatched_model_answers_as_the_whole_one(kind):
+    """accelerate's hooks on every part, and two layers whose weights lie elsewhere until they run."""
+    whole, spread = tiny.engine(kind), load(str(tiny.folder(kind)), device="cpu")
+    layers = spread.adapter.decoder.layers
+    for layer in (layers[1], layers[2]):
+        cpu_offload(layer, execution_device=torch.device("cpu"))
+    for part in (*layers, spread.adapter.decoder.norm, spread.adapter.lm_head):
+        add_hook_to_module(part, AlignDevicesHook(torch.device("cpu"), io_same_device=True), append=True)
+    assert layers[1].mlp.up_proj.weight.device.type == "meta"
+    prompt, plan = prompt_of(kind), whole.layout.default.without("0")
+    assert torch.equal(spread.logits(prompt, plan), whole.logits(prompt, plan))
+    answer = spread.answer(prompt, plan, Sampling(max_new_tokens=4))
+    assert [t.id for t in answer.tokens] == [
+        t.id for t in whole.answer(prompt, plan, Sampling(max_new_tokens=4)).tokens
+    ]
+    np.testing.assert_array_equal(
+        spread.replay(prompt, answer, plan).residual_rms, whole.replay(prompt, answer, plan).residual_rms
+    )

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import loading
+from model.engine import choose_threads
 from model.errors import UserError
 from model.loading import Zoo, choose_device, choose_dtype, find, hub_sentence, load
 from model.plan import Plan
@@ -209,10 +210,23 @@ def test_the_number_format_comes_with_its_reason():
         choose_dtype("int4", cpu, 1)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to split over")
+def test_split_without_a_gpu_is_refused():
+    with pytest.raises(UserError, match="split spreads a model over the GPUs, and none was found"):
+        load(str(tiny.folder("hires")), device="split")
+
+
+@pytest.mark.parametrize("wanted", ["int8", "nf4"])
+def test_quantised_weights_need_their_package_and_a_gpu(wanted):
+    with pytest.raises(UserError, match="needs the package bitsandbytes|runs on a CUDA GPU, not on cpu"):
+        load(str(tiny.folder("hires")), device="cpu", dtype=wanted)
+
+
 def test_engines_say_why_and_what_they_hold():
     engine = load(str(tiny.folder("hires")), device="cpu", dtype="bfloat16")
     assert engine.dtype is torch.bfloat16 and engine.device.type == "cpu"
-    assert engine.reasons == ("cpu: asked for", "bfloat16: asked for")
+    assert engine.reasons[:2] == ("cpu: asked for", "bfloat16: asked for")
+    assert engine.reasons[2].startswith("one compute thread") and engine.threads == 1
     parameters = sum(p.numel() for p in engine.model.parameters())
     assert parameters * 2 <= engine.memory_bytes < parameters * 2.1
 
@@ -220,6 +234,27 @@ def test_engines_say_why_and_what_they_hold():
 def test_a_model_that_does_not_fit_into_memory_is_refused_before_it_is_read():
     with pytest.raises(UserError, match="x needs 1100000.0 GB of memory on cpu"):
         loading.check_memory(10**15, torch.device("cpu"), "x")
+
+
+def test_small_models_compute_with_one_thread_and_leave_the_callers_number_alone():
+    engine = load(str(tiny.folder("hires")), device="cpu")
+    used = []
+    prompt = engine.prompt(tiny.ask(tiny.image(1), "What?"))
+
+    def ask():
+        torch.set_num_threads(2)
+        handle = engine.adapter.lm_head.register_forward_hook(lambda *_: used.append(torch.get_num_threads()))
+        engine.answer(prompt, Plan(), Sampling(max_new_tokens=2))
+        handle.remove()
+        return torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(1) as pool:
+        assert (ask(), pool.submit(ask).result()) == (2, 2)
+    torch.set_num_threads(before)
+    assert set(used) == {1}
+    assert choose_threads(torch.device("cpu"), 10**9)[0] == before
+    assert choose_threads(torch.device("cuda"), 10) == (0, "")
 
 
 # ---- the zoo

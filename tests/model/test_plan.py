@@ -33,6 +33,7 @@ def layout(n_stacks=3, n_layers=8, start=1):
         ("", "none"),
         (" , ", "none"),
         ("base@0;0@1", "base@0,0@1"),
+        ("V1@V3*0.5, v0@v02, 0@1, tap1@1, base@0", "base@0,0@1,tap1@1,v0@v2,v1@v3*0.5"),
         ("TAP10@0, tap09@2*2, 11@1, base@0", "base@0,11@1,tap9@2*2,tap10@0"),
     ],
 )
@@ -55,6 +56,11 @@ def test_parse_gives_the_canonical_text_and_reads_it_back(text, canonical):
         ("eye@0", "“eye” is not a source"),
         ("tap@0", "“tap” is not a source"),
         ("tap-1@0", "“tap-1” is not a source"),
+        ("v@v0", "“v” is not a source"),
+        ("v0@3", "v0 enters the vision tower: write v0@v3"),
+        ("0@v3", "0 enters the LLM, not the vision tower: write 0@3"),
+        ("v0@vv3", "“vv3” is not a layer"),
+        ("v0@v1,v0@v1*2", "v0@v1 is given twice"),
         ("0@1*much", "“much” is not a gain"),
         ("0@1*nan", "“nan” is not a gain"),
         ("0@1*inf", "“inf” is not a gain"),
@@ -134,6 +140,33 @@ def test_presets_are_valid_and_differ():
         "as trained": "base@0",
         "none": "none",
     }
+
+
+def tower_layout():
+    """Two stacks before vision layers 2 and 3 of four, one before LLM layer 1 of eight."""
+    sources = (StackSource(BASE, "base", None, 0, ""), StackSource("0", "stack 0", None, 1, ""))
+    tower = tuple(StackSource(f"v{k}", f"vision stack {k}", None, 2 + k, "") for k in range(2))
+    return Layout("test", sources, 8, 4, 64, Plan.parse("base@0,0@1,v0@v2,v1@v3"), "", tower=tower)
+
+
+def test_vision_stacks_have_layers_of_their_own():
+    layout = tower_layout()
+    plan = Plan.parse("base@0,0@3,v0@v3*0.5").validate(layout)
+    assert plan.at(3) == (("0", 1.0),), "what enters the tower does not enter the LLM"
+    assert str(plan.tower) == "v0@v3*0.5" and str(plan.move("v0", 3, 1)) == "base@0,0@3,v0@v1*0.5"
+    assert plan.to_json()[-1] == {"stack": "v0", "layer": 3, "gain": 0.5}
+    assert layout.stack_names == ("0", "v0", "v1")
+    assert [s.name for s in layout.sources_for(plan)] == ["base", "0", "v0", "v1"]
+    assert [s.name for s in layout.rows_for(plan)] == ["base", "0"]
+    with pytest.raises(UserError, match="before layer 4, but this model's vision layers are 0 to 3"):
+        Plan.parse("v0@v4").validate(layout)
+    with pytest.raises(UserError, match="“v2”, but this model has base, 0, v0, v1"):
+        Plan.parse("v2@v0").validate(layout)
+    with pytest.raises(UserError, match="v0@v1 is not in the plan"):
+        plan.move("v0", 1, 2)
+    found = {label: str(preset) for label, preset in presets(layout).items()}
+    assert found["single injection"] == "base@0" and found["all but v0"] == "base@0,0@1,v1@v3"
+    assert "one layer deeper" not in found, "v1 would leave the tower"
 
 
 def test_a_layout_knows_its_sources():

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, MistralConfig, Qwen3_5TextConfig
+from transformers import AutoModel, LlamaConfig, LlamaModel, MistralConfig, Qwen3_5TextConfig
 
 from model.decode import choose
 from model.engine import Generation
@@ -303,12 +303,15 @@ def test_a_long_answer_delays_a_new_one_by_one_step():
     assert before == [1] and sum(sizes) == 12
 
 
-def test_caches_that_cannot_be_padded_are_named():
+def test_models_that_cannot_share_are_named():
     def words(config):
-        return why_alone(DynamicCache(config=config))
+        return why_alone(AutoModel.from_config(config))
 
     small = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1}
     assert words(LlamaConfig(**small)) == ""
+    split = LlamaModel(LlamaConfig(**small))
+    split.layers[2].to("meta")
+    assert why_alone(split) == "its layers lie on several devices"
     assert words(MistralConfig(**small, sliding_window=4)) == "some layers have a sliding window"
     assert "no keys and values" in words(Qwen3_5TextConfig(**small))
 
@@ -316,7 +319,7 @@ def test_caches_that_cannot_be_padded_are_named():
 @pytest.mark.parametrize("kind", ENTRIES)
 def test_every_family_shares_or_says_why_not(kind):
     engine = families.engine(kind)
-    assert bool(engine.together.why_not) == (kind in ("cohere_compass", "qwen3_5"))
+    assert bool(engine.together.why_not) == (kind in ("cohere_compass", "qwen3_5", "qwen3_5_moe"))
     last = engine.layout.sources[-1].name
     plans = [engine.layout.default, Plan([(last, 0, 1.0)]), Plan()]
     size = SIZES[0]

@@ -10,6 +10,7 @@ from transformers import AutoConfig, Granite4VisionForConditionalGeneration, Gra
 from model.errors import UserError
 from model.families.granite4_vision import layout_of
 from model.families.granite_docling import GraniteDocling
+from model.loading import load
 from model.plan import Plan, presets
 from tests import tiny
 from tests.families import engine, folder, plain
@@ -155,6 +156,21 @@ def test_taps_go_through_the_mergers_by_order(tmp_path, taps, kept, said):
     with torch.no_grad():
         want = reference(**inputs(tmp_path, ONE)).logits[0]
     assert torch.equal(loaded.logits(loaded.prompt(ONE), loaded.layout.default), want)
+
+
+def test_an_untrained_tap_of_granite_4_goes_through_the_nearest_projector(tmp_path):
+    granite4_vision_folder(tmp_path, layer_map=((-4, 1), (-1, 0)))  # blocks 0 and 3, in the other order of layers
+    loaded, image = load(str(tmp_path), device="cpu"), tiny.image(3, (48, 32))
+    assert [source.name for source in loaded.layout.untrained] == ["tap1", "tap2"]
+    assert loaded.layout.source("tap2").label.endswith("block 2, through the projector of block 3")
+    prompt = loaded.prompt(tiny.ask(image, "x"))
+    found = loaded.features(prompt, Plan.parse("1@0,tap1@2,tap2@3"))[-2:]
+    model = Granite4VisionForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    model.config.deepstack_layer_map = [[2, 1], [3, 0]]  # hidden state 2 is what block 1 gives
+    with torch.no_grad():
+        seen = model.model.get_image_features(**loaded.adapter.pixels([image]), return_dict=True)
+    for rows, (_, want) in zip(found, seen.deepstack_features, strict=False):
+        assert torch.equal(rows, want[0])
 
 
 def test_an_untrained_tap_goes_through_the_nearest_merger():
