@@ -60,6 +60,22 @@ CAPTIONS = {
         "Shows how often text is read exactly at each glyph height, with 95 % intervals; "
         "it holds for these questions and fonts, not for photographs."
     ),
+    "lab_variants": (
+        "Shows small models that read rendered text beside the paper's benchmarks; signs can be compared, sizes not."
+    ),
+    "lab_axes": (
+        "Shows models trained anew at each place, each on its own scale; "
+        "neighbours whose bars overlap are not told apart by it."
+    ),
+    "lab_cost": (
+        "Shows what was measured here at toy size; how costs grow with 576 rows and 32 layers is not read off it."
+    ),
+    "lab_table": (
+        "Agreement is in the sign of one difference on rendered text; it neither confirms the paper's size of it "
+        "nor its cause."
+    ),
+    "deal": "Shows where tokens go, not what they carry; which way reads best is for the trained variants to say.",
+    "context": "Counts rows of the context alone; what attention over more rows costs is in the measured columns.",
     "loss": "Shows the loss on training scenes; a low one is not yet reading on scenes that were held out.",
     "views": "Shows all that the model sees: nothing finer than these pixels reaches it.",
     "hires_vs_single": (

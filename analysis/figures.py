@@ -24,6 +24,7 @@ from analysis.attention import Flow, Look
 from analysis.attribution import Attribution, CausalCheck
 from analysis.evaluate import Acuity
 from analysis.grids import GridMap
+from analysis.lab import COSTS, FIGURE_3, PAPER, PAPER_BASELINE, PAPER_DEEPSTACK, Row, Summary
 from analysis.norms import Effect, LayerNorms
 from analysis.palette import (
     DIVERGING,
@@ -499,6 +500,193 @@ def acuity_curves(curves: Mapping[str, Acuity], dark: bool | None = None) -> go.
     fig.update_yaxes(title_text="exact match, %", range=[0, 104])
     _end_labels(fig, ends, 0, 104, False, dark)
     return fig
+
+
+def lab_variants(found: Summary, dark: bool | None = None) -> go.Figure:
+    """One row per variant: ours with 95 % intervals on the left, the paper's on its own scale on the right; lines mark
+    the reference. ✓ the same sign, ✗ the other one, ? undecided."""
+    look = theme(dark)
+    rows = list(found.rows)
+    fig = make_subplots(rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.06)
+    for source, places in marks.by_group(rows):
+        hue = colour(source, dark)
+        means = [rows[i].mean for i in places]
+        fig.add_scatter(
+            x=[100 * mean.value for mean in means],
+            y=list(places),
+            mode="markers",
+            marker={"size": 9, "color": hue},
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": [100 * (mean.high - mean.value) for mean in means],
+                "arrayminus": [100 * (mean.value - mean.low) for mean in means],
+                "color": hue,
+                "thickness": 1.4,
+                "width": 3,
+            },
+            hovertext=[_told(found, rows[i]) for i in places],
+            hoverinfo="text",
+            row=1,
+            col=1,
+        )
+    printed = [(i, PAPER[row.variant]) for i, row in enumerate(rows) if PAPER.get(row.variant)]
+    printed = [(i, paper) for i, paper in printed if paper.scores]
+    fig.add_scatter(
+        x=[paper.scores[found.bench] for _, paper in printed],
+        y=[i for i, _ in printed],
+        mode="markers",
+        marker={"size": 10, "symbol": "diamond", "color": look.muted},
+        hovertext=[f"{escape(p.words)}: {p.scores[found.bench]:.1f} ({p.source})" for _, p in printed],
+        hoverinfo="text",
+        row=1,
+        col=2,
+    )
+    for i, row in enumerate(rows):
+        verdict = found.judge(row)
+        if verdict.mark != "–":
+            fig.add_annotation(
+                text=f"<b>{verdict.mark}</b>",
+                x=1,
+                y=i,
+                xref="x2 domain",
+                yref="y2",
+                xanchor="left",
+                xshift=4,
+                showarrow=False,
+                hovertext=escape(verdict.why),
+                font={"color": look.ink, "size": 14},
+            )
+    if found.reference is not None:
+        fig.add_vline(
+            x=100 * found.reference.mean.value, line={"color": look.muted, "width": 1, "dash": "dot"}, row=1, col=1
+        )
+    fig.add_vline(x=PAPER_DEEPSTACK[found.bench], line={"color": look.muted, "width": 1, "dash": "dot"}, row=1, col=2)
+    longest = max((len(row.variant) for row in rows), default=0)
+    left = 16 + round(6.4 * longest)
+    title = f"{found.words.capitalize()}, %, beside the paper's {found.bench}"
+    _frame(fig, title, dark, 23 * len(rows) + 16, marks.lab_note(found), left=left, right=24)
+    fig.update_xaxes(nticks=4)
+    fig.update_xaxes(title_text="ours, %", row=1, col=1)
+    fig.update_xaxes(title_text=f"the paper's {found.bench}", row=1, col=2)
+    fig.update_yaxes(
+        tickvals=list(range(len(rows))),
+        ticktext=[escape(row.variant) for row in rows],
+        range=[len(rows) - 0.5, -0.5],
+        showgrid=True,
+    )
+    return fig
+
+
+def lab_axes(found: Summary, dark: bool | None = None) -> go.Figure:
+    """Along first layer, interval and count: ours (dots, left scale) and what the paper prints (diamonds, right)."""
+    look = theme(dark)
+    axes = {axis: points for axis in FIGURE_3 if len(points := found.along(axis)) > 1}
+    fig = make_subplots(
+        rows=max(1, len(axes)),
+        cols=1,
+        vertical_spacing=0.34 / max(1, len(axes)),
+        specs=[[{"secondary_y": True}]] * max(1, len(axes)),
+    )
+    hue = colour("0", dark)
+    for at, (axis, points) in enumerate(axes.items(), 1):
+        of = FIGURE_3[axis]
+        means = [row.mean for _, row in points]
+        fig.add_scatter(
+            x=[value for value, _ in points],
+            y=[100 * mean.value for mean in means],
+            mode="lines+markers",
+            line={"color": hue, "width": 2},
+            marker={"size": 8},
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": [100 * (mean.high - mean.value) for mean in means],
+                "arrayminus": [100 * (mean.value - mean.low) for mean in means],
+                "color": hue,
+                "thickness": 1.2,
+                "width": 4,
+            },
+            hovertext=[_told(found, row) for _, row in points],
+            hoverinfo="text",
+            row=at,
+            col=1,
+        )
+        fig.add_scatter(
+            x=list(of.paper),
+            y=[scores[found.bench] for scores in of.paper.values()],
+            mode="markers",
+            marker={"size": 10, "symbol": "diamond-open", "color": look.muted, "line": {"width": 2}},
+            hovertemplate=f"the paper, %{{x}} {of.unit}: %{{y:.1f}}<extra></extra>",
+            row=at,
+            col=1,
+            secondary_y=True,
+        )
+        low, high = marks.around([v for mean in means for v in (100 * mean.low, 100 * mean.high)])
+        theirs = marks.around([PAPER_BASELINE[found.bench], *(scores[found.bench] for scores in of.paper.values())])
+        places = [*(value for value, _ in points), *of.paper]
+        title = f"{of.title.lower()} ({of.unit})"
+        fig.update_xaxes(title_text=title, range=[min(places) - 0.4, max(places) + 0.4], row=at, col=1)
+        fig.update_yaxes(title_text="ours, %", range=[low, high], row=at, col=1)
+        fig.update_yaxes(
+            title_text=f"paper's {found.bench}", range=list(theirs), showgrid=False, row=at, col=1, secondary_y=True
+        )
+    note = "Dots: ours, left. Diamonds: the few values that the paper prints, right."
+    _frame(fig, f"{found.words.capitalize()}, along figure 3", dark, 170 * max(1, len(axes)), note, right=48)
+    fig.update_xaxes(nticks=8)
+    return fig
+
+
+def lab_cost(found: Summary, cost: str = "context", dark: bool | None = None) -> go.Figure:
+    """Accuracy with 95 % intervals against one measured cost, coloured by group."""
+    rows = [row for row in found.rows if row.spent(cost) is not None]
+    spent = [row.spent(cost) for row in rows]
+    log = marks.needs_log(spent)
+    low, high = marks.around(spent) if not log else marks.span(spent, True)
+    bottom, top = marks.around([100 * end for row in rows for end in (row.mean.low, row.mean.high)])
+    fig = go.Figure()
+    named = marks.room(
+        marks.shares_of(spent, low, high, log), [(row.mean.value * 100 - bottom) / (top - bottom) for row in rows]
+    )
+    for source, places in marks.by_group(rows):
+        hue = colour(source, dark)
+        means = [rows[i].mean for i in places]
+        fig.add_scatter(
+            x=[spent[i] for i in places],
+            y=[100 * mean.value for mean in means],
+            mode="markers+text",
+            marker={"size": 9, "color": hue},
+            text=[escape(rows[i].variant) if i in named else "" for i in places],
+            textposition=["middle left" if named.get(i) else "middle right" for i in places],
+            textfont={"color": for_words(hue, dark), "size": SIZE},
+            cliponaxis=False,
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": [100 * (mean.high - mean.value) for mean in means],
+                "arrayminus": [100 * (mean.value - mean.low) for mean in means],
+                "color": hue,
+                "thickness": 1.2,
+                "width": 4,
+            },
+            hovertext=[f"{_told(found, rows[i])}<br>{marks.number(spent[i])} {COSTS[cost].unit}" for i in places],
+            hoverinfo="text",
+        )
+    note = "" if len(named) == len(rows) else "Names that would lie on others are left out; point at a dot."
+    _frame(fig, f"{found.words.capitalize()}, %, by {COSTS[cost].words}", dark, height=300, note=note, right=24)
+    fig.update_yaxes(title_text="ours, %", range=[bottom, top])
+    words = f"{COSTS[cost].words}, {COSTS[cost].unit}"
+    fig.update_xaxes(title_text=f"{words}, log scale" if log else words, **_log_range(low, high, log))
+    return fig
+
+
+def _told(found: Summary, row: Row) -> str:
+    """A variant's numbers, for hovering."""
+    deviation = "" if row.deviation is None else f" ± {100 * row.deviation:.1f}"
+    seeds = f"{len(row.runs)} seed{'s' if len(row.runs) > 1 else ''} of {row.n} questions"
+    lines = [f"<b>{escape(row.variant)}</b>: {100 * row.mean.value:.1f}{deviation} %, {seeds}"]
+    lines.append(f"95 %: {100 * row.mean.low:.1f} to {100 * row.mean.high:.1f}")
+    return "<br>".join(lines)
 
 
 def loss_curve(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], dark: bool | None = None) -> go.Figure:

@@ -25,6 +25,7 @@ from analysis.attribution import Attribution, CausalCheck
 from analysis.evaluate import Acuity
 from analysis.figures import shares
 from analysis.grids import GridMap
+from analysis.lab import COSTS, FIGURE_3, PAPER, PAPER_BASELINE, PAPER_DEEPSTACK, Interval, Summary
 from analysis.norms import Effect, LayerNorms
 from analysis.palette import (
     DIVERGING,
@@ -430,6 +431,107 @@ def sweep_curve(swept: Sweep, dark: bool = False) -> Figure:
     ax.set_xlabel(f"{swept.unit} (ring: as trained, all others are ablated; bars: 95 %)")
     _end_labels(ax, ends, dark)
     return fig
+
+
+def lab_variants(found: Summary, dark: bool = False) -> Figure:
+    """One row per variant: ours with 95 % intervals on the left, the paper's on its own scale on the right; lines mark
+    the reference. ✓ the same sign, ✗ the other one, ? undecided."""
+    rows = list(found.rows)
+    title = f"{found.words.capitalize()}, %, beside the paper's {found.bench}"
+    fig, (left, right), look = _figure(
+        title, dark, columns=2, height=0.2 * len(rows) + 0.4, note=marks.lab_note(found), ratios=(0.6, 0.4)
+    )
+    for source, places in marks.by_group(rows):
+        means = [rows[i].mean for i in places]
+        left.errorbar(
+            [100 * mean.value for mean in means], places, xerr=_arms(means), fmt="o", ms=5, capsize=2, lw=0,
+            color=colour(source, dark), elinewidth=1.2,
+        )  # fmt: skip
+    for i, row in enumerate(rows):
+        paper, verdict = PAPER.get(row.variant), found.judge(row)
+        if paper is not None and paper.scores:
+            right.plot([paper.scores[found.bench]], [i], "D", ms=5, color=look.muted)
+        if verdict.mark != "–":
+            where = right.get_yaxis_transform()
+            right.text(1.02, i, verdict.mark, transform=where, va="center", color=look.ink, fontsize=SIZE + 1)
+    if found.reference is not None:
+        left.axvline(100 * found.reference.mean.value, color=look.muted, lw=0.8, ls=":")
+    right.axvline(PAPER_DEEPSTACK[found.bench], color=look.muted, lw=0.8, ls=":")
+    for ax in (left, right):
+        ax.set_ylim(len(rows) - 0.5, -0.5)
+    left.set_yticks(range(len(rows)), [_plain(row.variant) for row in rows])
+    right.set_yticks(range(len(rows)), [""] * len(rows))
+    left.set_xlabel("ours, %")
+    right.set_xlabel(f"the paper's {found.bench}")
+    return fig
+
+
+def lab_axes(found: Summary, dark: bool = False) -> Figure:
+    """Along first layer, interval and count: ours (dots, left scale) and what the paper prints (diamonds, right)."""
+    drawn = {axis: points for axis in FIGURE_3 if len(points := found.along(axis)) > 1}
+    count = max(1, len(drawn))
+    note = "Dots: ours, left. Diamonds: the few values that the paper prints, right."
+    fig, axes, look = _figure(
+        f"{found.words.capitalize()}, along figure 3", dark, rows=count, height=1.9 * count, note=note
+    )
+    for ax, (axis, points) in zip(np.atleast_1d(axes), drawn.items(), strict=False):
+        of, means = FIGURE_3[axis], [row.mean for _, row in points]
+        hue = colour("0", dark)
+        shares_ = [100 * mean.value for mean in means]
+        ax.errorbar(
+            [value for value, _ in points], shares_, yerr=_arms(means), color=hue, marker="o", lw=1.8, capsize=3
+        )
+        _value_axis(ax, "ours, %", *marks.around([v for m in means for v in (100 * m.low, 100 * m.high)]), False)
+        other = ax.twinx()
+        _style(other, look)
+        other.grid(False)
+        other.spines["right"].set_visible(True)
+        other.plot(list(of.paper), [s[found.bench] for s in of.paper.values()], "D", mfc="none", mec=look.muted, ms=7)
+        other.set_ylim(marks.around([PAPER_BASELINE[found.bench], *(s[found.bench] for s in of.paper.values())]))
+        other.set_ylabel(f"the paper's {found.bench}")
+        ax.locator_params(axis="x", integer=True)
+        ax.set_xlabel(f"{of.title.lower()} ({of.unit})")
+    return fig
+
+
+def lab_cost(found: Summary, cost: str = "context", dark: bool = False) -> Figure:
+    """Accuracy with 95 % intervals against one measured cost, coloured by group."""
+    rows = [row for row in found.rows if row.spent(cost) is not None]
+    spent = [row.spent(cost) for row in rows]
+    log = marks.needs_log(spent)
+    low, high = marks.span(spent, True) if log else marks.around(spent)
+    bottom, top = marks.around([100 * end for row in rows for end in (row.mean.low, row.mean.high)])
+    up = [(100 * row.mean.value - bottom) / (top - bottom) for row in rows]
+    named = marks.room(marks.shares_of(spent, low, high, log), up, wide=0.24)
+    note = "" if len(named) == len(rows) else "Names that would lie on others are left out; the table has them."
+    fig, ax, _ = _figure(f"{found.words.capitalize()}, %, by {COSTS[cost].words}", dark, note=note)
+    for source, places in marks.by_group(rows):
+        hue, means = colour(source, dark), [rows[i].mean for i in places]
+        ax.errorbar(
+            [spent[i] for i in places], [100 * mean.value for mean in means], yerr=_arms(means), fmt="o", ms=5,
+            color=hue, capsize=2, lw=0, elinewidth=1.2,
+        )  # fmt: skip
+        for i in places:
+            if i in named:
+                ax.annotate(
+                    _plain(rows[i].variant), (spent[i], 100 * rows[i].mean.value), textcoords="offset points",
+                    xytext=(-7 if named[i] else 7, 0), ha="right" if named[i] else "left", va="center",
+                    fontsize=SIZE, color=for_words(hue, dark),
+                )  # fmt: skip
+    _value_axis(ax, "ours, %", bottom, top, False)
+    if log:
+        ax.set_xscale("log")
+        ax.set_xticks(*marks.log_ticks(low, high))
+        ax.set_xticks([], minor=True)
+    ax.set_xlim(low, high)
+    ax.set_xlabel(f"{COSTS[cost].words}, {COSTS[cost].unit}{', log scale' if log else ''}")
+    return fig
+
+
+def _arms(means: Sequence[Interval]) -> np.ndarray:
+    """[2, n] lengths of error bars in points, down and up."""
+    arms = np.array([[mean.value - mean.low, mean.high - mean.value] for mean in means]).T
+    return 100 * np.maximum(arms, 0)
 
 
 def loss_curve(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], dark: bool = False) -> Figure:

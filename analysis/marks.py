@@ -6,12 +6,13 @@ Knows nothing about plotly or matplotlib.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image
 
 from analysis.grids import GridMap
+from analysis.lab import GROUPS, Row, Summary
 
 WIDE_BARS = 6  # bars in one chart that have room for two words between them
 MAX_TICKS = 11  # layer labels on one axis, readable at 400 px
@@ -71,6 +72,50 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
     out = np.empty_like(moved)
     out[order] = moved
     return out.tolist()
+
+
+def around(values: Sequence[float]) -> tuple[float, float]:
+    """(low, high) of an axis that shows these values and a little more, not necessarily zero."""
+    low, high = (min(values), max(values)) if len(values) else (0.0, 1.0)
+    more = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - more, high + more
+
+
+def shares_of(values: Sequence[float], low: float, high: float, log: bool) -> list[float]:
+    """Where values lie between the ends of an axis, 0 to 1."""
+    if log:
+        values, low, high = np.log10(values), np.log10(low), np.log10(high)
+    return [float((value - low) / (high - low)) for value in values]
+
+
+def room(across: Sequence[float], up: Sequence[float], wide: float = 0.4, tall: float = 0.065) -> dict[int, bool]:
+    """Which points (places in [0, 1]) can carry a name of `wide` by `tall` beside them without lying on another's or
+    leaving the plot; the value says whether the name goes to the left. Earlier points come first."""
+    taken: list[tuple[float, float]] = []
+    named = {}
+    for i, (x, y) in enumerate(zip(across, up, strict=True)):
+        for left, start in ((False, x), (True, x - wide)):
+            free = all(abs(y - other) >= tall or abs(start - begin) >= wide for begin, other in taken)
+            if free and 0 <= start <= 1 - wide:
+                taken.append((start, y))
+                named[i] = left
+                break
+    return named
+
+
+def by_group(rows: Sequence[Row]) -> Iterator[tuple[str, list[int]]]:
+    """(source whose colour it has, places) of the lab's variants, group by group; unknown groups share one colour."""
+    for group in dict.fromkeys(row.group for row in rows):
+        at = GROUPS.index(group) if group in GROUPS else len(GROUPS)
+        yield str(at), [i for i, row in enumerate(rows) if row.group == group]
+
+
+def lab_note(found: Summary) -> str:
+    """How many seeds and questions stand behind the lab's numbers."""
+    seeds = sorted({len(row.runs) for row in found.rows})
+    each = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed{'s' if seeds[0] > 1 else ''}"
+    dotted = "" if found.reference is None else f"; dotted: {found.reference.variant}"
+    return f"{found.setting}, {each}; bars: 95 %{dotted}. ✓ the paper's sign, ✗ the other, ? undecided."
 
 
 def visible(text: str) -> str:

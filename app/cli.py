@@ -169,6 +169,33 @@ def _sweep_arguments(parser: Parser) -> None:
     add_limits(parser)
 
 
+def _lab_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "action", choices=("list", "run", "table"), help="the variants, runs of some, or results beside the paper's"
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="run: variants, or all")
+    parser.add_argument("--seeds", default="0", metavar="S,S…", help="run: of weights and order (default 0)")
+    parser.add_argument("--steps", type=int, metavar="N", help="run: training steps (default: the size's)")
+    parser.add_argument(
+        "--size", metavar="SIZE", help="run: small or large (default: large on a GPU, small on the CPU)"
+    )
+    parser.add_argument(
+        "--device", metavar="D", help="cpu, cuda (default: a GPU where one works, else the CPU; with --ray cuda)"
+    )
+    parser.add_argument("--ray", metavar="ADDRESS", help="run: of a Ray cluster (default: Ray on this machine)")
+    parser.add_argument(
+        "--again", action="store_true", help="run: train anew what is in the results, and replace it there"
+    )
+    parser.add_argument(
+        "--results", default="assets/lab/results.jsonl", metavar="FILE", help="default assets/lab/results.jsonl"
+    )
+    parser.add_argument("--workdir", default="runs", metavar="DIR", help="what a resumed run needs (default runs)")
+    parser.add_argument("--metric", default="fine", metavar="M", help="table: our score (default fine)")
+    parser.add_argument("--bench", default="AVG", metavar="B", help="table: the paper's benchmark (default AVG)")
+    parser.add_argument("--out", metavar="DIR", help="table: write figures (PNG, SVG) and tables (CSV) there")
+    _json(parser)
+
+
 def _scenes_arguments(parser: Parser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="where the images and answers.jsonl go")
     parser.add_argument("--n", type=int, required=True, metavar="N", help="how many scenes")
@@ -246,6 +273,7 @@ COMMANDS = {
     "scenes": Command("rendered scenes with exact answers", _scenes_arguments, "app.commands:scenes"),
     "eval": Command("exact match and error rate of a model on scenes", _eval_arguments, "app.commands:evaluate"),
     "sweep": Command("many plans on many images: score by start, gain …", _sweep_arguments, "app.sweep:run"),
+    "lab": Command("the paper's experiments at small size: list, run, table", _lab_arguments, "app.lab:run"),
     "train": Command("makes an embedded checkpoint again from nothing", _train_arguments, "app.commands:train"),
 }
 

@@ -36,11 +36,15 @@ def printable(text: str) -> str:
 
 
 def write_files(folder: Path | str, files: Mapping[str, bytes]) -> list[Path]:
-    """Write files by name into a folder, which is made; returns their paths. UserError where it cannot be written."""
+    """Write files by name into a folder, which is made, and so are folders in names; returns their paths.
+
+    UserError where it cannot be written.
+    """
     folder = Path(folder).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(data)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}.") from error

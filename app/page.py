@@ -24,7 +24,7 @@ from app.desk import Desk
 from app.line import AT_ONCE, WAITING
 from app.picture import Carrier, StackPicture, picture_value, sees, views_value
 from app.session import Focus, Held, Session
-from app.tabs import chat, compare, layers, stacks
+from app.tabs import chat, compare, lab, layers, stacks
 from app.url import decode
 from app.wiring import bound, introduced
 from model.engine import Engine
@@ -33,7 +33,7 @@ from model.images import Limits, read_image
 from model.loading import Zoo, gigabytes
 
 NAME = "DeepStack Lens"
-TABS = ("chat", "layers", "compare", "stacks")
+TABS = ("chat", "layers", "compare", "stacks", "lab")
 THREADS = 40 + AT_ONCE + WAITING  # gradio gives one to each request; those that run a model or wait are not to take all
 
 log = logging.getLogger("app.page")
@@ -128,6 +128,16 @@ def in_memory(desk: Desk, model: str) -> str:
     return chips(desk, desk.engine(model))
 
 
+def chat_with(desk: Desk, name: str, focus: Focus) -> tuple:
+    """A model of the Lab, as trained, in the chat. Returns (model, tabs, *what `choose_model` returns)."""
+    return desk.engine(name).name, gr.Tabs(selected="chat"), *choose_model(desk, name, focus)
+
+
+def put_into_compare(desk: Desk, name: str) -> tuple:
+    """A model of the Lab, as trained, as the second column of Compare. Returns (tabs, model, plan)."""
+    return gr.Tabs(selected="compare"), desk.engine(name).name, ""
+
+
 def focused(desk: Desk, name: str) -> Focus:
     """The focus on an example; UserError for one that there is not."""
     example = desk.example(name)
@@ -190,7 +200,7 @@ def build(zoo: Zoo, limits: Limits | None = None) -> gr.Blocks:
                     reopen = layers.build(desk, tab=tab, model=model, plan=plan, dark=dark, bars=bars, **shared)
                 memory = {"fn": bound(in_memory, desk), "inputs": [model], "outputs": [pills], **quiet}
                 with gr.Tab("Compare", id="compare") as tab:
-                    compare_cards, fill = compare.build(
+                    compare_cards, fill, second = compare.build(
                         desk, tab=tab, settings=talk.settings, examples=cards, loaded=memory, **shared
                     )
                 with gr.Tab("Stacks", id="stacks") as tab:
@@ -205,6 +215,8 @@ def build(zoo: Zoo, limits: Limits | None = None) -> gr.Blocks:
                         examples=cards,
                         **shared,
                     )
+                with gr.Tab("Lab", id="lab") as tab:
+                    lab_table, lab_cards = lab.build(desk, tab=tab, model=model, focus=focus, dark=dark, examples=cards)
 
         restored = [session, focus, model, plan, picture, views, pills, note, talk.box, talk.remember, tabs, link]
         demo.load(bound(restore, desk), None, restored, api_name="restore", show_progress_on=[picture]).success(
@@ -231,6 +243,16 @@ def build(zoo: Zoo, limits: Limits | None = None) -> gr.Blocks:
         compare_cards.pick(*pick, js=js, api_name="compare_example", **quiet).success(
             *fill, api_name="fill_example", **quiet
         )
+        lab_cards.pick(*pick, js=js, api_name="lab_example", **quiet)
+        lab_table.chat(
+            bound(chat_with, desk), [picked, focus],
+            [model, tabs, plan, picture, views, pills, note, talk.remember, link],
+            js="(name, ...rest) => [lens.picked, ...rest]", api_name="lab_chat", show_progress="minimal",
+        )  # fmt: skip
+        lab_table.compare(
+            bound(put_into_compare, desk), [picked], [tabs, *second], js="() => [lens.picked]",
+            api_name="lab_compare", show_progress="minimal",
+        ).success(*fill, api_name="fill_lab_compare", **quiet)  # fmt: skip
         live_cards.pick(*pick, js=js, api_name="live_example", **quiet).success(**live, api_name="live_example_answer")
     demo.queue(max_size=WAITING, default_concurrency_limit=8)
     return demo

@@ -12,8 +12,8 @@ import gradio as gr
 from analysis.palette import css_variables
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-SCRIPTS = ("lens.js", "picture.js", "look.js")  # in this order
-STYLES = ("page.css", "picture.css", "tabs.css")
+SCRIPTS = ("lens.js", "picture.js", "look.js", "deal.js")  # in this order
+STYLES = ("page.css", "picture.css", "tabs.css", "lab.css")
 FONTS = ("Inter", "system-ui", "-apple-system", "Segoe UI", "DejaVu Sans", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
 

@@ -61,15 +61,16 @@
   );
   lens.on('link', (query) => query && setTimeout(() => lens.place(query), 60)); // after a tab has been opened with it
 
-  /* ---- clickable pieces of HTML that Python wrote: data-plan sets a plan, data-pick picks an example */
+  /* ---- clickable pieces of HTML that Python wrote: data-plan sets a plan, data-pick picks an example, data-go tells
+     the event of that name, with data-name */
   lens.clicks = (element, props, trigger) => {
     element.addEventListener('click', (event) => {
-      const target = event.target.closest('[data-plan],[data-pick]');
+      const target = event.target.closest('[data-plan],[data-pick],[data-go]');
       if (!target || !element.contains(target)) return;
       if (target.dataset.plan !== undefined) lens.emit('set-plan', target.dataset.plan);
       else {
-        lens.picked = target.dataset.pick;
-        trigger('pick', { name: lens.picked });
+        lens.picked = target.dataset.pick ?? target.dataset.name;
+        trigger(target.dataset.go || 'pick', { name: lens.picked });
       }
     });
   };
@@ -123,6 +124,12 @@
       if (answer) navigator.clipboard?.writeText(answer.textContent.trim());
       copy.textContent = 'copied';
       setTimeout(() => (copy.textContent = 'copy'), 1200);
+    }
+    const command = event.target.closest('.dl-copy-code');
+    if (command) {
+      navigator.clipboard?.writeText(command.previousElementSibling.textContent);
+      command.textContent = 'copied';
+      setTimeout(() => (command.textContent = 'copy'), 1200);
     }
     const link = event.target.closest('.dl-copy-link');
     if (link) {

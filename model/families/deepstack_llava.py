@@ -1,7 +1,7 @@
 """DeepStack-L on a LLaVA-shaped model: a global view, and a high-resolution view dilated into stacks.
 
 CLIP tower, two-layer projector, Llama decoder (`LlavaForConditionalGeneration`), plus one config entry "deepstack":
-{"merge": "stack" | "none" | "concat", "num_crops": 4, "sampling": "2d" | "1d" | "grid", "start": 1, "interval": 1}.
+{"merge": "stack" | "none" | "concat", "num_crops": 4, "sampling": one of SAMPLINGS, "start": 1, "interval": 1}.
 merge "none" sees the global view only; "concat" merges both views once, on the feature axis before the projector.
 The paper's own checkpoints are read into this shape by deepstack_llama.py.
 """
@@ -32,7 +32,7 @@ TRAINED = {
     "none": "trained single injection",
     "concat": "trained with one merge (dimension concatenation)",
 }
-SAMPLINGS = ("2d", "1d", "grid")  # how the high-resolution view is cut into sets, see `sample`
+SAMPLINGS = ("2d", "grid", "1d", "1d-sequential")  # how the high-resolution view is cut into sets, see `sample`
 NOTES = {
     "stack": "A global view enters at the input, a dilated high-resolution view layer by layer.",
     "none": "Sees the global view only; it enters once, at the input.",
@@ -198,24 +198,32 @@ def sample(features: Tensor, grid: tuple[int, int], n_sets: int, sampling: str =
     """A map [rows*n, columns*n, d] -> n_sets sets [n*n, d]; those beyond rows*columns are zero and change nothing.
 
     "2d": set (i, j) = features[i::rows, j::columns], so that its tokens lie on the global view's. "1d", as the paper's
-    code does it: every (rows*columns)-th token of the flattened map. "grid": one tile each.
+    code does it: every (rows*columns)-th token of the flattened map; "1d-sequential", as its text has it: one part of
+    the flattened map after another. "grid": one tile each.
     """
     rows, columns = grid
     if sampling == "2d":
         sets = [features[i::rows, j::columns].flatten(0, 1) for i in range(rows) for j in range(columns)]
     elif sampling == "1d":
         sets = [features.flatten(0, 1)[k :: rows * columns] for k in range(rows * columns)]
+    elif sampling == "1d-sequential":
+        sets = [*features.flatten(0, 1).chunk(rows * columns)]
     else:
         sets = [tile.flatten(0, 1) for row in features.chunk(rows) for tile in row.chunk(columns, dim=1)]
     return sets + [torch.zeros_like(sets[0])] * (n_sets - len(sets))
 
 
+def dealt(shape: tuple[int, int], grid: tuple[int, int], sampling: str) -> list[list[int]]:
+    """Which tokens of a map of this shape (row-major) each set takes, in the order of the image's places."""
+    cells = torch.arange(shape[0] * shape[1]).reshape(*shape, 1)
+    return [taken.flatten().tolist() for taken in sample(cells, grid, grid[0] * grid[1], sampling)]
+
+
 def owners_of(shape: tuple[int, int], grid: tuple[int, int], sampling: str) -> tuple[tuple[str, ...], ...]:
     """The stack that each token of a map of this shape goes into, by rows."""
-    cells = torch.arange(shape[0] * shape[1]).reshape(*shape, 1)
     owners = torch.empty(shape[0] * shape[1], dtype=torch.long)
-    for k, taken in enumerate(sample(cells, grid, grid[0] * grid[1], sampling)):
-        owners[taken.flatten()] = k
+    for k, taken in enumerate(dealt(shape, grid, sampling)):
+        owners[taken] = k
     return tuple(tuple(map(str, row)) for row in owners.reshape(shape).tolist())
 
 
@@ -234,7 +242,8 @@ def settings_of(config: PreTrainedConfig) -> dict:
 def set_label(k: int, num_crops: int, sampling: str) -> str:
     """Where set k lies in the high-resolution view of a square image."""
     if sampling != "2d":
-        return f"tile {k}" if sampling == "grid" else f"sample {k} · tokens {k}::{num_crops}"
+        words = {"grid": f"tile {k}", "1d": f"sample {k} · tokens {k}::{num_crops}"}
+        return words.get(sampling, f"sample {k} · run {k} of {num_crops}")
     side = round(num_crops**0.5)
     if side * side != num_crops:
         return f"sample {k} of the high-resolution view"

@@ -6,6 +6,7 @@ Knows nothing about models: pixels go out as uint8, tower features come back in 
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from model.training.canvas import CHARACTERS, PATCH, SIDE
 from model.training.pages import LONGEST, TILE
 
 GRID = TILE // PATCH  # visual tokens, one side
-CELL = SIDE // GRID  # pixels of the high-resolution view that one visual token covers
 CONTENTS = 2 * LONGEST  # per visual token: upper or lower half, place in the string
 
 
@@ -47,42 +47,56 @@ class Batch:
         return replace(self, low=self.low[:0].copy(), high=self.high[:0].copy())
 
 
-def cell_of(x: float, y: float) -> int:
-    """Row-major number of the visual token over a point of the high-resolution view; -1 outside."""
-    column, row = int(x // CELL), int(y // CELL)
-    return row * GRID + column if 0 <= column < GRID and 0 <= row < GRID else -1
+def cell_of(x: float, y: float, side: int = SIDE, grid: int = GRID) -> int:
+    """Row-major number, of `grid` by `grid`, of the cell over a point of a view of `side` pixels; -1 outside."""
+    width = side // grid
+    column, row = int(x // width), int(y // width)
+    return row * grid + column if 0 <= column < grid and 0 <= row < grid else -1
 
 
-def render(count: int, seed: int, font_set: str = "train", progress=None) -> Batch:
-    """Draw `count` scenes; scene i depends on (seed, i) alone."""
+def render(
+    count: int,
+    seed: int,
+    font_set: str = "train",
+    progress=None,
+    draw: Callable[[np.random.Generator, str], scenes.Scene] = scenes.make_scene,
+    side: int = SIDE,
+    grid: int = GRID,
+) -> Batch:
+    """Draw `count` scenes; scene i depends on (seed, i) alone.
+
+    draw: what makes a scene from random numbers and a set of fonts; side: pixels of the high-resolution view; grid:
+    cells per side that contents and places are told by, one for each visual token unless more are asked for.
+    """
+    width = side // grid
     low = np.empty((count, TILE, TILE, 3), np.uint8)
-    high = np.empty((count, SIDE, SIDE, 3), np.uint8)
-    contents = np.zeros((count, GRID * GRID, CONTENTS), np.uint8)
+    high = np.empty((count, side, side, 3), np.uint8)
+    contents = np.zeros((count, grid * grid, CONTENTS), np.uint8)
     items = []
     for i in range(count):
-        scene = scenes.make_scene(np.random.default_rng([seed, i]), font_set)
+        scene = draw(np.random.default_rng([seed, i]), font_set)
         low[i] = np.asarray(scene.image.resize((TILE, TILE), Image.Resampling.BICUBIC))
-        high[i] = np.asarray(scene.image.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+        high[i] = np.asarray(scene.image.resize((side, side), Image.Resampling.BICUBIC))
         cells: dict[int, list[int]] = {}
         for glyph in scene.glyphs:
-            cell = cell_of(glyph.x, glyph.y)
+            cell = cell_of(glyph.x, glyph.y, side, grid)
             cells.setdefault(glyph.string, []).append(cell)
             if cell >= 0:
-                half = int(glyph.y % CELL >= CELL / 2)
+                half = int(glyph.y % width >= width / 2)
                 contents[i, cell, half * LONGEST + min(glyph.index, LONGEST - 1)] = (
                     CHARACTERS.index(glyph.character) + 1
                 )
-        items.append([Item(q, _cells(q, cells, scene.things)) for q in scene.questions])
+        items.append([Item(q, _cells(q, cells, scene.things, side, grid)) for q in scene.questions])
         if progress:
             progress(i + 1, count)
     return Batch(low, high, contents, items)
 
 
-def _cells(question, cells, things) -> tuple[int, ...]:
+def _cells(question, cells, things, side, grid) -> tuple[int, ...]:
     if question.string is not None:
         return tuple(cells[question.string])
     if question.thing is not None:
-        return (cell_of(things[question.thing].x, things[question.thing].y),)
+        return (cell_of(things[question.thing].x, things[question.thing].y, side, grid),)
     return ()
 
 

@@ -97,7 +97,7 @@ def forward(
     image_rows = (
         torch.arange(batch, device=device)[:, None] * prefix + first + torch.arange(seen, device=device)[None]
     ).flatten()
-    result = None
+    result, attention = None, {}
     if rows is not None:
         count, longest = rows.ids.shape
         valid = torch.arange(longest, device=device)[None] < rows.length[:, None]  # [N, L]
@@ -123,7 +123,7 @@ def forward(
             result = Pass(hidden[image_rows].view(batch, seen, d))
             if rows is None:
                 return result
-            result.asking, result.attention = hidden[split:].index_select(0, scored), {}
+            result.asking, result.attention = hidden[split:].index_select(0, scored), attention
         att, mlp = layer.self_attn, layer.mlp
         x = rms_norm(hidden, layer.input_layernorm, eps).to(dtype)
         joined = linear(x, att.q_proj.weight, att.k_proj.weight, att.v_proj.weight)
@@ -152,7 +152,7 @@ def forward(
             out_rows = (from_prefix + from_own).transpose(1, 2).reshape(-1, d).index_select(0, flat)
             out = torch.cat([out, out_rows])
             if number in watch:
-                result.attention[number] = share[:, 0, :, first : first + seen].reshape(-1, seen)[scored_table].float()
+                attention[number] = share[:, 0, :, first : first + seen].reshape(-1, seen)[scored_table].float()
         hidden = hidden + linear(out, att.o_proj.weight)
         x = rms_norm(hidden, layer.post_attention_layernorm, eps).to(dtype)
         gate, up = linear(x, mlp.gate_proj.weight, mlp.up_proj.weight).chunk(2, -1)

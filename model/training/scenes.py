@@ -149,12 +149,12 @@ class Scene:
     questions: list[Question] = field(default_factory=list)
 
 
-class _Builder:
+class Builder:
     """One scene while it is drawn: a canvas, one font, and the questions so far."""
 
-    def __init__(self, rng: np.random.Generator, font_set: str, glyphs: dict[int, float]):
+    def __init__(self, rng: np.random.Generator, font_set: str, glyphs: dict[int, float], side: int = SIDE):
         self.rng, self.sizes = rng, list(glyphs)
-        self.canvas = Canvas(rng, scale=int(rng.choice([1, 2, 3], p=[0.35, 0.4, 0.25])))
+        self.canvas = Canvas(rng, scale=int(rng.choice([1, 2, 3], p=[0.35, 0.4, 0.25])), side=side)
         self.font = str(rng.choice(list(fonts.SETS[font_set])))
         self.capital = float(rng.choice(self.sizes, p=list(glyphs.values())))
         self.questions: list[Question] = []
@@ -169,7 +169,7 @@ class _Builder:
     def write(self, x, y, text, colour, capital=None) -> int:
         """Text with its left edge at x, shifted so that it stays on the paper."""
         capital = capital or self.capital
-        x = max(2.0, min(x, SIDE - 2 - self.canvas.width(text, self.font, capital)))
+        x = max(2.0, min(x, self.canvas.side - 2 - self.canvas.width(text, self.font, capital)))
         number = self.canvas.text(x, y, text, self.font, capital, colour)
         self.texts[number] = (text, capital)
         return number
@@ -206,7 +206,7 @@ class _Builder:
                 return text
 
 
-def _signs(b: _Builder):
+def _signs(b: Builder):
     """Coloured panels with a text on each."""
     count = int(b.rng.integers(1, 5))
     centres = {
@@ -234,7 +234,7 @@ def _signs(b: _Builder):
     b.ask("sign", NONE, "coarse", c=b.pick(absent))
 
 
-def _labels(b: _Builder):
+def _labels(b: Builder):
     """Shapes with a text beside each."""
     count = int(b.rng.integers(2, 6))
     rows = b.rng.permutation(6)[:count]
@@ -254,7 +254,7 @@ def _labels(b: _Builder):
     b.ask("exists", "no", "coarse", c=b.pick([c for c in COLOURS if c not in colours]), s=b.pick(SHAPES))
 
 
-def _card(b: _Builder):
+def _card(b: Builder):
     """Labelled fields, as on a ticket or a badge."""
     count = int(b.rng.integers(3, 6))
     ink, y = b.ink(), float(b.rng.uniform(9, 24))
@@ -274,7 +274,7 @@ def _card(b: _Builder):
         y += gap
 
 
-def _receipt(b: _Builder):
+def _receipt(b: Builder):
     """Items with prices and a total."""
     count = int(b.rng.integers(3, 6))
     ink, y, gap = b.ink(), float(b.rng.uniform(6, 16)), float(b.rng.uniform(20, 27))
@@ -296,7 +296,7 @@ def _receipt(b: _Builder):
         b.read("total", total)
 
 
-def _table(b: _Builder):
+def _table(b: Builder):
     """Rows and columns of short strings with ruled lines."""
     rows, columns = int(b.rng.integers(2, 6)), int(b.rng.integers(2, 4))
     ink, width, height = b.ink(), 180 / columns, 180 / max(rows, 3)
@@ -319,7 +319,7 @@ def _table(b: _Builder):
             b.read("cell", string, r=r + 1, k=c + 1)
 
 
-def _bars(b: _Builder):
+def _bars(b: Builder):
     """A bar chart with a name under each bar."""
     count = int(b.rng.integers(2, 6))
     colours, heights = b.colours(count), b.some([21, 39, 57, 75, 93, 111, 129], count)
@@ -340,7 +340,7 @@ def _bars(b: _Builder):
     b.ask("count_bars", str(count), "coarse")
 
 
-def _eye_chart(b: _Builder):
+def _eye_chart(b: Builder):
     """Lines of random capitals, smaller and smaller."""
     y, ink = float(b.rng.uniform(10, 30)), b.ink()
     sizes = sorted((b.pick(b.sizes) for _ in range(int(b.rng.integers(3, 6)))), reverse=True)
@@ -355,7 +355,7 @@ def _eye_chart(b: _Builder):
         y += gap + float(b.rng.uniform(-2, 2))
 
 
-def _notice(b: _Builder):
+def _notice(b: Builder):
     """Lines of text in different colours."""
     count = int(b.rng.integers(2, 6))
     colours = b.inks(count)
@@ -371,7 +371,7 @@ def _notice(b: _Builder):
     b.ask("ink", NONE, "coarse", c=b.pick([c for c in COLOURS if c not in colours]))
 
 
-def _corners(b: _Builder):
+def _corners(b: Builder):
     """Texts at named places."""
     places = {
         "top left": (6, 14),
@@ -390,7 +390,7 @@ def _corners(b: _Builder):
         b.read("place", string, p=place)
 
 
-def _shapes(b: _Builder):
+def _shapes(b: Builder):
     """Coloured shapes without any text."""
     count = int(b.rng.integers(1, 7))
     cells = b.rng.permutation(9)[:count]
@@ -410,7 +410,7 @@ def _shapes(b: _Builder):
     b.ask("exists", "no", "coarse", c=b.pick([c for c in COLOURS if c not in colours]), s=b.pick(SHAPES))
 
 
-SCENES: dict[str, tuple[Callable[[_Builder], None], float]] = {
+SCENES: dict[str, tuple[Callable[[Builder], None], float]] = {
     "signs": (_signs, 0.14),
     "labels": (_labels, 0.12),
     "card": (_card, 0.11),
@@ -430,7 +430,7 @@ def make_scene(
     """One scene with all of its questions; `glyphs` are capital heights, pixels, and their shares."""
     names = list(SCENES)
     name = name or str(rng.choice(names, p=[SCENES[n][1] for n in names]))
-    builder = _Builder(rng, font_set, glyphs)
+    builder = Builder(rng, font_set, glyphs)
     SCENES[name][0](builder)
     builder.ask("picture", name, "coarse")
     image = builder.canvas.finish()

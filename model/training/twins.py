@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,10 @@ def configuration(
     width: int = WIDTH,
     layers: int = LAYERS,
     image_token: int = 4,
+    crops: int = CROPS,
+    sampling: str = "2d",
+    start: int = START,
+    interval: int = INTERVAL,
 ) -> LlavaConfig:
     text = LlamaConfig(
         vocab_size=vocabulary,
@@ -82,8 +87,8 @@ def configuration(
         image_seq_length=64,
         projector_hidden_act="gelu",
         vision_feature_select_strategy="default",
-        vision_feature_layer=[-1] * (1 + CROPS) if merge == "concat" else -1,
-        deepstack={"merge": merge, "num_crops": CROPS, "sampling": "2d", "start": START, "interval": INTERVAL},
+        vision_feature_layer=[-1] * (1 + crops) if merge == "concat" else -1,
+        deepstack={"merge": merge, "num_crops": crops, "sampling": sampling, "start": start, "interval": interval},
         tie_word_embeddings=False,
         bos_token_id=2,
         eos_token_id=3,
@@ -101,16 +106,27 @@ def encode(reader: Reader, batch: dataset.Batch, chunk: int = 32) -> torch.Tenso
     for start in range(0, n, chunk):
         low, high = batch.low[start : start + chunk], batch.high[start : start + chunk]
         b = len(low)
-        tiles = high.reshape(b, TILES, TILE, TILES, TILE, 3).swapaxes(2, 3).reshape(b * CROPS, TILE, TILE, 3)
-        features = reader.features(torch.cat([to_pixels(low), to_pixels(tiles)]))
+        features = reader.features(torch.cat([to_pixels(low), to_pixels(cut(high))]))
         out[start : start + b, 0] = features[:b].half()
-        mosaic = features[b:].view(b, TILES, TILES, side, side, -1).transpose(2, 3)
-        mosaic = mosaic.reshape(b, TILES * side, TILES * side, -1)
+        mosaic = joined(features[b:], b)
         for i in range(TILES):
             for j in range(TILES):
                 sample = mosaic[:, i::TILES, j::TILES]
                 out[start : start + b, 1 + TILES * i + j] = sample.reshape(b, side**2, -1).half()
     return out
+
+
+def cut(views: np.ndarray) -> np.ndarray:
+    """Square views `[b, side, side, 3]` in tiles `[b * n * n, 64, 64, 3]`, row by row."""
+    b, n = len(views), views.shape[1] // TILE
+    return views.reshape(b, n, TILE, n, TILE, 3).swapaxes(2, 3).reshape(-1, TILE, TILE, 3)
+
+
+def joined(features: torch.Tensor, views: int) -> torch.Tensor:
+    """Features `[b * n * n, 64, width]` of the tiles of b `views` as maps `[b, 8 n, 8 n, width]`."""
+    side, n = dataset.GRID, round((len(features) / views) ** 0.5)
+    maps = features.view(views, n, n, side, side, -1).transpose(2, 3)
+    return maps.reshape(views, n * side, n * side, -1)
 
 
 class Questions:
@@ -176,10 +192,11 @@ class Questions:
                 table.append((ids, targets, where, words))
         return self.pad(table)
 
-    def grounding(self, chosen: list[list[dataset.Item]]) -> torch.Tensor:
-        """Which of WORDS point at which visual token, `[B, 64, W]` in 0, 1: the words that a question of the scene uses
-        to single out its answer stand at the answer's place, and so does the answer of a question about an object."""
-        truth = torch.zeros(len(chosen), dataset.GRID**2, len(WORDS))
+    def grounding(self, chosen: list[list[dataset.Item]], rows: int = dataset.GRID**2) -> torch.Tensor:
+        """Which of WORDS point at which visual token, `[B, rows, W]` in 0, 1: the words that a question of the scene
+        uses to single out its answer stand at the answer's place, and so does the answer of a question about an
+        object."""
+        truth = torch.zeros(len(chosen), rows, len(WORDS))
         for b, items in enumerate(chosen):
             for item in items:
                 cells = [cell for cell in item.cells if cell >= 0]
@@ -252,14 +269,17 @@ class Twin(nn.Module):
 
     features: a sample of the tower's, `[n, 10, 64, width]`. Their directions differ a thousandfold in size, so the
     projector is trained on whitened ones, with a floor under small directions; `fold` puts that into its first layer.
+    shape: what else `configuration` takes.
     """
 
     FLOOR = 0.1  # of the mean variance of a direction
+    inspected, watched = INSPECTED, WATCHED
+    lead = (2, 5)  # <s><user>: the tokens before the image's
 
-    def __init__(self, merge: str, vision: CLIPVisionConfig, vocabulary: int, features: torch.Tensor):
+    def __init__(self, merge: str, vision: CLIPVisionConfig, vocabulary: int, features: torch.Tensor, **shape):
         super().__init__()
         self.merge = merge
-        self.model = LlavaForConditionalGeneration(configuration(vision, merge, vocabulary))
+        self.model = LlavaForConditionalGeneration(configuration(vision, merge, vocabulary, **shape))
         self.heads = packed.Heads(self.model.config.text_config.hidden_size, dataset.CONTENTS, len(CHARACTERS) + 1)
         for layer in (self.projector.linear_1, self.projector.linear_2):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
@@ -297,9 +317,9 @@ class Twin(nn.Module):
     def forward(self, features: torch.Tensor, rows: packed.Rows | None, dtype: torch.dtype = torch.float32):
         """Logits `[S, vocabulary]` at scored positions (None without rows) and the pass, layers computed in `dtype`."""
         base, stacks = self.inject(features)
-        lead = torch.tensor([2, 5], device=features.device)
+        lead = torch.tensor(self.lead, device=features.device)
         language = self.model.model.language_model
-        result = packed.forward(language, lead, base, stacks, rows, WATCHED, INSPECTED, dtype=dtype)
+        result = packed.forward(language, lead, base, stacks, rows, self.watched, self.inspected, dtype=dtype)
         return None if rows is None else self.model.lm_head(result.hidden), result
 
 
@@ -370,6 +390,8 @@ def fit(
         for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(values)
         first, spent = saved["step"], saved["minutes"]
+        if "random" in saved:
+            set_random_state(saved["random"])
     started, sums, since = time.time() - spent * 60, Counter(), 0
     steps, looks = ends[-1], looking_steps(ends)
     for step in range(first, steps):
@@ -380,7 +402,7 @@ def fit(
         features = torch.stack([data[s][1][i] for s, i in picked]).float().to(accelerator.device)
         contents = torch.from_numpy(np.stack([data[s][0].contents[i] for s, i in picked])).to(accelerator.device)
         items = [data[s][0].items[i] for s, i in picked]
-        truth = questions.grounding(items).to(accelerator.device)
+        truth = questions.grounding(items, contents.shape[1]).to(accelerator.device)
         rows = questions.rows(items, rng).to(accelerator.device) if step >= looks else None
         factor = rate_factor(step, ends)
         for optimizer, rate_ in zip(optimizers, rates, strict=True):
@@ -408,7 +430,9 @@ def fit(
         minutes = (time.time() - started) / 60
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             values = {"twin": twin.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-            torch.save(values | {"step": step + 1, "minutes": minutes}, last)
+            values |= {"step": step + 1, "minutes": minutes, "random": random_state()}
+            torch.save(values, last.with_suffix(".new"))  # whoever is killed here goes on from the one before
+            last.with_suffix(".new").replace(last)
         if (step + 1) % 200 == 0 or step + 1 == steps:
             record = {"step": step + 1, "minutes": round(minutes, 2)}
             record |= {name: round(value / since, 4) for name, value in sums.items()}
@@ -419,6 +443,18 @@ def fit(
             with open(out / "curve.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
     return twin.cpu()
+
+
+def random_state() -> list[torch.Tensor]:
+    """Where torch's random numbers are, on the CPU and on the GPUs: a resumed run goes on as an unbroken one would."""
+    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+
+
+def set_random_state(state: list[torch.Tensor]) -> None:
+    """Back to where `random_state` was; the GPUs only where there are as many."""
+    torch.set_rng_state(state[0])
+    if len(state) - 1 == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state[1:])
 
 
 def answer_losses(twin, logits, result: packed.Pass, rows: packed.Rows, words) -> dict[str, torch.Tensor]:
@@ -434,30 +470,34 @@ def answer_losses(twin, logits, result: packed.Pass, rows: packed.Rows, words) -
 
 
 @torch.no_grad()
-def score(twin: Twin, questions: Questions, batch: dataset.Batch, features: torch.Tensor) -> dict[str, float]:
-    """Greedy exact match on validation scenes by kind and topic (teacher-forced: all answer tokens right is the same
-    thing).
+def answered(
+    twin: Twin, questions: Questions, batch: dataset.Batch, features: torch.Tensor, most: int = 6
+) -> Iterator[tuple[scenes.Question, torch.Tensor]]:
+    """Each scene's first `most` questions, and which tokens of the answer are right, the one that ends it included
+    (bool `[T]`): each given the true ones before it, so that all right is what greedy decoding gets right.
     """
-    hits: dict[str, list[float]] = {}
     for start in range(0, len(batch.items), 10):
         groups = batch.items[start : start + 10]
-        most = 6
         chosen = [[items[k % len(items)] for k in range(most)] for items in groups]
         table = [questions.turn(i.question.question, i.question.answer, i.cells) for items in chosen for i in items]
         device = next(twin.parameters()).device
         rows = questions.pad(table).to(device)
         logits, result = twin(features[start : start + 10].float().to(device), rows)
         right = logits.argmax(-1) == result.targets
-        place = 0
-        for n, (items, number) in enumerate((items, k) for items in chosen for k in range(most)):
-            size = sum(t != -100 for t in table[n][1])
-            good = right[place : place + size]
-            place += size
-            question = items[number].question
-            if number < len(set(id(i) for i in items)):
-                for key in (question.kind, question.topic):
-                    hits.setdefault(key, []).append(float(good.all()))
-                if question.kind == "fine":
-                    hits.setdefault("first_char", []).append(float(good[0]))
-                    hits.setdefault("chars", []).append(float(good[:-1].float().mean()))
+        sizes = [sum(t != -100 for t in targets) for _, targets, *_ in table]
+        good = right.split(sizes)
+        for n, items in enumerate(chosen):
+            for number in range(min(most, len(groups[n]))):
+                yield items[number].question, good[n * most + number].cpu()
+
+
+def score(twin: Twin, questions: Questions, batch: dataset.Batch, features: torch.Tensor) -> dict[str, float]:
+    """Greedy exact match on validation scenes by kind and topic."""
+    hits: dict[str, list[float]] = {}
+    for question, good in answered(twin, questions, batch, features):
+        for key in (question.kind, question.topic):
+            hits.setdefault(key, []).append(float(good.all()))
+        if question.kind == "fine":
+            hits.setdefault("first_char", []).append(float(good[0]))
+            hits.setdefault("chars", []).append(float(good[:-1].float().mean()))
     return {key: round(float(np.mean(values)), 3) for key, values in sorted(hits.items())}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 from PIL import Image
 
-from analysis import attention, norms
+from analysis import attention, lab, norms
 from analysis.attribution import Attribution, CausalCheck
 from analysis.evaluate import acuity
 from model.prompt import Prompt
+from tests import lab as made
 from tests.analysis import hand
 
 PICTURE = Image.linear_gradient("L").convert("RGB").resize((40, 20))
@@ -19,6 +23,14 @@ def attribution() -> Attribution:
     prompt = Prompt(None, (), hand.trace().grids)
     values = np.array([[1.0, -2, 3, 0], [0, 0, 0, 0.5]])
     return Attribution("integrated gradients", prompt, hand.PLAN, ("base", "0"), values, -1.0, -3.5, 1e-4, None, 0.1)
+
+
+def lab_summary() -> lab.Summary:
+    """Made-up runs of the lab, one of them with a name that must not be read as markup."""
+    with tempfile.TemporaryDirectory() as folder:
+        lines = [made.line(name, seed=seed) for name in made.MADE_UP for seed in (0, 1)]
+        lines.append(made.line("<b>$x$", 0.95, group="what enters", cost={"context": 200}))
+        return lab.summary(lab.read(made.write(Path(folder) / "results.jsonl", lines)))
 
 
 def every(draw, **how) -> dict:
@@ -44,6 +56,9 @@ def every(draw, **how) -> dict:
         "attribution_by_source": draw.attribution_by_source(attribution(), **how),
         "causal_strip": draw.causal_strip(CausalCheck(2, 1.5, np.array([0.1, 0.2, 1.9])), **how),
         "acuity_curves": draw.acuity_curves({"<hires>": curve}, **how),
+        "lab_variants": draw.lab_variants(lab_summary(), **how),
+        "lab_axes": draw.lab_axes(lab_summary(), **how),
+        "lab_cost": draw.lab_cost(lab_summary(), **how),
         "loss_curve": draw.loss_curve({"hires": ([0, 10], [4.0, 0.1])}, **how),
     }
 

@@ -21,6 +21,9 @@ UNDER = {
     "attribution_by_source": "ablation",
     "causal_strip": "causal_check",
     "acuity_curves": "acuity",
+    "lab_variants": "lab_variants",
+    "lab_axes": "lab_axes",
+    "lab_cost": "lab_cost",
     "loss_curve": "loss",
 }
 
@@ -51,6 +54,7 @@ def test_one_short_sentence(view):
         ("compare", "an ablated model is not a baseline"),
         ("shapley", "off-distribution"),
         ("trained_vs_ablated", "never benefit"),
+        ("lab_variants", "signs can be compared, sizes not"),
     ],
 )
 def test_what_must_be_said(view, words):

@@ -52,6 +52,7 @@ def title(fig) -> str:
 def test_titles_say_quantity_and_unit(light):
     for name, unit in [
         *(("norms_by_layer", "RMS"), ("image_map", "RMS"), ("attention_map", "share"), ("shapley_bars", "nats")),
+        *(("lab_variants", "%"), ("lab_axes", "exact match"), ("lab_cost", "%")),
         *(("attribution_map", "nats"), ("causal_strip", "nats"), ("acuity_curves", "%"), ("loss_curve", "nats")),
     ]:
         assert unit in title(light[name]).replace("<br>", " ")
@@ -171,8 +172,38 @@ def test_acuity_shows_its_intervals(light):
     assert line.y[0] - line.error_y.arrayminus[0] == pytest.approx(100 * 0.0807, abs=0.1)
 
 
+def test_variants_stand_beside_the_paper_with_their_verdicts(light):
+    fig, found = light["lab_variants"], drawn.lab_summary()
+    rows = [row.variant for row in found.rows]
+    ours = {rows[y]: (x, up) for t in fig.data[:-1] for x, y, up in zip(t.x, t.y, t.error_x.array, strict=True)}
+    mean = found.row("none").mean
+    assert ours["none"] == (pytest.approx(100 * mean.value), pytest.approx(100 * (mean.high - mean.value)))
+    assert set(ours) == set(rows)
+    theirs = {rows[y]: x for x, y in zip(fig.data[-1].x, fig.data[-1].y, strict=True)}
+    assert theirs["none"] == 49.1 and theirs["stack-grid"] == 49.0 and "gate" not in theirs
+    marks_ = {rows[a.y]: a.text for a in fig.layout.annotations if a.xref == "x2 domain"}
+    assert (marks_["none"], marks_["stack-grid"], marks_["string"]) == ("<b>✓</b>", "<b>✗</b>", "<b>?</b>")
+    assert "gate" not in marks_
+
+
+def test_figure_3_keeps_both_scales_on_one_axis(light):
+    fig = light["lab_axes"]
+    start, paper, *_ = fig.data
+    assert list(start.x) == [0, 1, 5] and start.y[1] == pytest.approx(60.5)
+    assert (list(paper.x), list(paper.y), paper.yaxis) == ([1], [51.1], "y2")
+    counts = fig.data[5]
+    assert dict(zip(counts.x, counts.y, strict=True)) == {0: 49.1, 4: 51.1}
+
+
+def test_names_at_dots_do_not_lie_on_one_another(light):
+    fig = light["lab_cost"]
+    named = [text for trace in fig.data for text in trace.text if text]
+    assert "stack-2d" in named and len(named) < len(drawn.lab_summary().rows)
+    assert "point at a dot" in title(fig).replace("<br>", " ")
+
+
 def test_texts_of_models_and_visitors_are_escaped(light):
-    for name in ("shapley_bars", "subset_strip", "acuity_curves", "map_row"):
+    for name in ("shapley_bars", "subset_strip", "acuity_curves", "map_row", "lab_variants", "lab_cost"):
         text = light[name].to_json()
         assert "&lt;" in text, name
         for raw in ("<b>$x$", "$7$ <b>", "<hires>", "<i>"):

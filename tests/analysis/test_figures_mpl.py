@@ -45,6 +45,7 @@ def test_svg_keeps_words_as_words(all_figures):
 
 def test_dollars_and_angles_are_not_read_as_markup(all_figures):
     assert "K7 <b>$x$" in words(all_figures["subset_strip"])
+    assert "<b>$x$" in words(all_figures["lab_variants"]) and "<b>$x$" in words(all_figures["lab_cost"])
     assert "␣K" in words(all_figures["shapley_bars"]) and "$7$ <b>" in words(all_figures["shapley_bars"])
 
 

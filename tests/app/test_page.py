@@ -109,6 +109,15 @@ def test_an_example_comes_with_its_question_and_truth(desk):
     assert focus.truth == "EAGLE" and views["name"] == "signs.png" and "x=signs.png" in link
 
 
+def test_a_variant_of_the_lab_goes_to_the_chat_and_into_compare(desk, focus):
+    model, tabs, plan, picture, *_ = page.chat_with(desk, TAPS, focus)
+    assert model == picture["name"] == TAPS and tabs.selected == "chat" and plan == picture["trained"]
+    tabs, model, plan = page.put_into_compare(desk, TAPS)
+    assert (tabs.selected, model, plan) == ("compare", TAPS, "")
+    with pytest.raises(UserError, match="not offered"):
+        page.put_into_compare(desk, "embedded/lab-nothing")
+
+
 # ---- the whole app
 
 

@@ -312,3 +312,39 @@ def test_a_narrow_window_shows_everything_without_scrolling_sideways(visit, dark
         assert visitor.overflow() == 0, name
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(255, 255, 255)") is not dark
+
+
+def test_the_lab_beside_the_paper_and_step_by_step(visit, tiny_server: Server) -> None:
+    """Made-up results of tests/lab.py, by pointer and by keyboard, also where it is narrow."""
+    visitor = visit(url=tiny_server.url, path=f"/?x={EXAMPLE}&t=lab", size=NARROW)
+    page = visitor.page
+    expect(page.locator("#dl-lab-head")).to_contain_text("agree with the paper in sign")
+    expect(page.locator("#dl-lab-variants .js-plotly-plot")).to_have_count(1)
+    rows = page.locator(".dl-lab-table th[scope=row]")
+    expect(rows).to_have_count(13)
+    expect(page.locator(".dl-lab-again", has_text="lab run none --seeds 0,1,2 --steps 2000")).to_have_count(1)
+    slider = page.get_by_label("Sets dealt")
+    expect(slider).to_have_value("4")
+    slider.focus()
+    for left in (3, 2, 1):
+        page.keyboard.press("ArrowLeft")
+        expect(page.locator(".dl-deal-cells")).to_have_count(left)
+    expect(page.locator(".dl-deal-row").last).to_contain_text("32 rows")
+    expect(page.locator(".dl-deal-row").first).to_contain_text("16 rows")
+    readout = page.locator("#dl-deal .dl-readout")
+    expect(readout).to_contain_text("row 2, column 2 has got the tokens at (row, column) (4, 4)")
+    page.locator(".dl-deal-places").focus()
+    page.keyboard.press("ArrowUp")
+    expect(readout).to_contain_text("row 1, column 2 has got the tokens at (row, column) (2, 4)")
+    page.get_by_role("button", name="grid", exact=True).click()
+    expect(readout).to_contain_text("row 1, column 2 has got the tokens at (row, column) (1, 2)")
+    page.keyboard.press("Escape")
+    expect(readout).to_contain_text("Choose a place")
+    assert visitor.overflow() == 0
+    page.get_by_role("button", name="put into Compare").click()
+    expect(page.get_by_role("tab", name="Compare")).to_have_attribute("aria-selected", "true")
+    expect(page.get_by_label("2 · model")).to_have_value("embedded/lab-stack-2d")
+    open_tab(page, "Lab")
+    page.get_by_role("button", name="chat with it").click()
+    expect(page.get_by_role("tab", name="Chat")).to_have_attribute("aria-selected", "true")
+    expect(page.locator("#dl-model input")).to_have_value("embedded/lab-stack-2d")

@@ -2,7 +2,8 @@
 
     python -m tests.browser.tiny_page --port 7861
 
-A token takes at least 20 ms, as on a real model: somebody can watch an answer, and stop it. For work on the page itself
+A token takes at least 20 ms, as on a real model: somebody can watch an answer, and stop it. The Lab shows made-up
+results (tests/lab.py), one of whose variants ships. For work on the page itself
 and for tests that are about the page, not about what a model has learned.
 """
 
@@ -14,9 +15,10 @@ from pathlib import Path
 
 from transformers import LlamaModel
 
+from analysis import lab as results
 from app import cli
 from model import loading
-from tests import tiny
+from tests import lab, tiny
 
 
 def write(folder: Path) -> None:
@@ -26,6 +28,7 @@ def write(folder: Path) -> None:
     tiny.hires_folder(folder / "hires-concat", merge="concat")
     tiny.qwen3_vl_folder(folder / "taps")
     tiny.qwen3_vl_folder(folder / "taps-single", taps=())
+    tiny.hires_folder(folder / "lab-stack-2d", seed=2)
 
 
 def slow_down(seconds: float) -> None:
@@ -44,5 +47,6 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         write(Path(temporary))
         loading.CHECKPOINTS = Path(temporary)
+        results.RESULTS = lab.write(Path(temporary) / "lab" / "results.jsonl")
         slow_down(0.02)
         sys.exit(cli.main())

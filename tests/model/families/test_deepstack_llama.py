@@ -19,7 +19,7 @@ from model.catalog import RELEASED, describe_models
 from model.errors import UserError
 from model.families import detect
 from model.families.deepstack_llama import DeepStackLlama
-from model.families.deepstack_llava import sample
+from model.families.deepstack_llava import SAMPLINGS, dealt, sample
 from model.loading import load
 from model.plan import Plan
 from model.types import Sampling
@@ -106,7 +106,9 @@ def test_other_samplings_are_the_codes(tmp_path, sampling, size):
 
 def test_samplings_are_permutations_and_strided_is_not_dilated():
     cells = torch.arange(64).reshape(8, 8, 1)
-    sets = {name: [s.flatten().tolist() for s in sample(cells, (2, 2), 4, name)] for name in ("2d", "1d", "grid")}
+    sets = {name: [s.flatten().tolist() for s in sample(cells, (2, 2), 4, name)] for name in SAMPLINGS}
+    assert all(dealt((8, 8), (2, 2), name) == each for name, each in sets.items())
+    assert sets["1d-sequential"][1] == list(range(16, 32))
     assert all(sorted(sum(each, [])) == list(range(64)) for each in sets.values())
     assert sets["1d"][1][:3] == [1, 5, 9] and sets["2d"][1][:3] == [1, 3, 5] and sets["grid"][1][:3] == [4, 5, 6]
 
@@ -125,7 +127,10 @@ def test_fewer_crops_are_fewer_stacks(tmp_path):
             "image_aspect_ratio 'anyres', which cannot be run here; supported is deepst",
         ),
         ({"mm_projector_type": "linear"}, "mm_projector_type 'linear'.* supported is mlp2x_gelu"),
-        ({"deepstack_sampling": "2d_scaledown"}, "deepstack_sampling '2d_scaledown'.* supported is 2d or 1d or grid"),
+        (
+            {"deepstack_sampling": "2d_scaledown"},
+            "deepstack_sampling '2d_scaledown'.* supported is 2d or grid or 1d or 1d-sequential",
+        ),
         ({"deepstack_args_for_ablation": "dummy_local"}, "deepstack_args_for_ablation 'dummy_local'.* is none"),
         ({"twoviews_unshare": True}, "twoviews_unshare True"),
         ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature 'cls_patch'.* supported is patch"),

@@ -239,7 +239,7 @@ def test_views_show_both_resolutions_and_who_owns_each_token():
     ("entry", "said"),
     [
         ({"merge": "mix"}, "must be one of stack, none, concat"),
-        ({"sampling": "2d_scaledown"}, "must be one of 2d, 1d, grid"),
+        ({"sampling": "2d_scaledown"}, "must be one of 2d, grid, 1d, 1d-sequential"),
         ({"num_crops": 1}, "num_crops ≥ 2"),
     ],
 )

@@ -1,0 +1,585 @@
+"""The lab's results, read: means and spreads per variant, beside the DeepStack paper's own numbers.
+
+1. read(): assets/lab/results.jsonl, one JSON object per finished run; a broken line is an error with its number
+2. settings(): runs are compared only at the same size, for the same steps, on the same kind of device
+3. summary(): per variant mean, spread over seeds, the difference to the reference with a 95 % interval
+4. judge(): whether that difference has the sign that the paper reports, the other one, or cannot decide
+
+The paper's numbers (PAPER, FIGURE_3) stay on their own scale: benchmarks of photographs and documents, single runs.
+Knows nothing about how a variant is built or trained.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.special import stdtrit
+
+from analysis.evaluate import Acuity, acuity, wilson
+from analysis.tables import Table
+from model.errors import UserError
+from model.lab import results
+from model.lab.results import RESULTS
+from model.lab.variants import GROUPS, VARIANTS
+
+REFERENCE = "stack-2d"
+REQUIRED = ("variant", "group", "seed", "steps", "device", "accuracy")
+TIMID = 1.0  # points; the paper has no error bars, and differences of single runs below this are no effects
+LEVEL = 0.95  # of every interval
+
+
+class Metric(NamedTuple):
+    """One way of scoring a run: accuracy[kind][key], a share."""
+
+    kind: str
+    key: str
+    words: str
+
+
+METRICS = {
+    "fine": Metric("fine", "exact_match", "fine detail, exact match"),
+    "characters": Metric("fine", "characters", "fine detail, characters right"),
+    "first character": Metric("fine", "first_character", "fine detail, first character right"),
+    "coarse": Metric("coarse", "exact_match", "coarse questions, exact match"),
+}
+
+
+class Cost(NamedTuple):
+    """One cost of a run: cost[key], or a field of the run."""
+
+    unit: str
+    words: str
+
+
+COSTS = {
+    "context": Cost("rows", "context of a question with its image"),
+    "prefill_flops": Cost("FLOPs", "work of a prefill"),
+    "prefill_seconds": Cost("s", "time of a prefill"),
+    "prefill_bytes": Cost("bytes", "memory of a prefill"),
+    "step_seconds": Cost("s", "time of a training step"),
+    "step_bytes": Cost("bytes", "memory of a training step"),
+    "parameters": Cost("parameters", "size of the model"),
+}
+
+
+# ---- the paper's numbers (arXiv 2406.04334; Phi-3 of 32 layers, CLIP-L of 24; no seeds, no error bars)
+
+BENCHES = ("AVG", "GQA", "POPE", "SEED", "TextVQA", "DocVQA", "ChartQA", "InfoVQA")
+
+
+def _scores(text: str) -> dict[str, float]:
+    """Scores as the paper prints them: seven benchmarks, then their average."""
+    *each, average = map(float, text.split())
+    return {"AVG": average, **dict(zip(BENCHES[1:], each, strict=True))}
+
+
+PAPER_DEEPSTACK = _scores("63.0 86.4 62.9 58.8 38.7 17.2 30.8 51.1")  # tables 5, 6 and 7: consistent, 2d, frozen tower
+PAPER_BASELINE = _scores("62.5 85.5 63.5 56.7 31.7 15.8 28.3 49.1")  # the ablations' baseline
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What the paper says of one variant: scores on its benchmarks, or (figure 3) only a direction."""
+
+    source: str  # "table 6"
+    words: str  # its own name for the row
+    scores: Mapping[str, float] = field(default_factory=dict)
+    against: str = REFERENCE  # the variant that it is compared with
+    against_scores: Mapping[str, float] = field(default_factory=lambda: PAPER_DEEPSTACK)
+    sign: int | None = None  # of the difference, where only that is said; None without scores: it says neither
+
+    def difference(self, bench: str) -> float | None:
+        """Points on one benchmark against `against`; None where the paper prints none."""
+        return None if bench not in self.scores else round(self.scores[bench] - self.against_scores[bench], 1)
+
+
+PAPER: dict[str, Paper] = {
+    REFERENCE: Paper("tables 5, 6, 7", "DeepStack: consistent, 2d spatial", PAPER_DEEPSTACK),
+    "none": Paper("baseline of the ablations", "baseline", PAPER_BASELINE),
+    "dummy": Paper("table 6", "dummy tokens", _scores("62.2 85.3 63.8 56.9 31.2 15.4 28.8 49.1")),
+    "string": Paper("table 7", "hi-res string", _scores("61.8 86.2 62.1 55.0 43.5 16.2 30.4 50.7")),
+    "global-string": Paper("table 7", "global + hi-res string", _scores("62.3 86.4 62.6 54.7 43.3 16.7 31.2 51.0")),
+    "concat": Paper("table 7", "dimension concat", _scores("59.5 86.3 62.9 56.4 35.9 16.4 28.5 49.4")),
+    "stack-grid": Paper("table 5", "2d grid", _scores("60.6 86.2 61.2 57.1 33.2 16.4 28.6 49.0")),
+    "stack-1d-sequential": Paper("table 5", "1d sequential", _scores("61.6 86.2 61.9 57.1 33.1 15.2 30.0 49.3")),
+    "stack-1d": Paper(
+        "table 5", "1d sequential, as its code does it", _scores("61.6 86.2 61.9 57.1 33.1 15.2 30.0 49.3")
+    ),
+    "inconsistent-resize": Paper("table 5", "inconsistent, 2d", _scores("62.2 85.1 62.3 58.1 35.1 16.4 30.1 49.9")),
+    **{
+        name: Paper("figure 3 a", "the global tokens moved before layer 8 of 32: acceptable", against="none")
+        for name in ("global-deeper", "global-deeper-1", "global-deeper-2")
+    },
+    "global-deeper-6": Paper(
+        "figure 3 a", "the global tokens moved past the midpoint: a significant drop", against="none", sign=-1
+    ),
+    **{
+        f"interval-{k}": Paper("figure 3 b", "every interval better than none", against="none", sign=1)
+        for k in (2, 3, 4)
+    },
+    **{f"layers-{k}": Paper("figure 3 c", "best with four stacked layers", sign=-1) for k in (1, 2, 3)},
+}
+
+# Table 4: DeepStack-V, fine-tuned tower of 24 layers: the first N layers see the tokens, the next 4 get the stacks.
+TABLE_4 = {
+    0: _scores("56.9 80.8 54.9 44.4 13.7 12.3 25.3 41.2"),
+    4: _scores("58.7 83.1 57.4 48.2 17.0 13.2 26.1 43.4"),
+    8: _scores("60.4 84.2 59.7 51.8 23.1 14.7 26.6 45.8"),
+    12: _scores("61.8 85.5 62.1 55.5 29.3 16.0 26.2 48.1"),
+    16: _scores("62.9 86.3 63.9 59.1 36.9 18.2 29.3 50.9"),
+    20: _scores("62.8 86.1 64.0 60.1 38.4 17.1 30.6 51.3"),
+}
+TABLE_4_TUNED = _scores("62.4 85.8 64.0 56.1 27.5 15.3 28.3 48.5")  # its baseline: the tower tuned, no stacks
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One way of moving the injection along, as in the paper's figure 3 or table 4."""
+
+    title: str
+    unit: str
+    names: str  # pattern of the variants on it; its first group is the value where that is a number
+    keys: tuple[str, ...]  # of a run's config that hold the value
+    home: str  # the variant from which it moves away
+    paper: Mapping[int, Mapping[str, float]]  # what the paper's tables print along it
+    said: str  # what the paper says of it
+
+
+FIGURE_3 = {
+    "start": Axis(
+        "First layer that gets a stack", "LLM layer", r"start-(\d+|last)", ("start",), REFERENCE,
+        {1: PAPER_DEEPSTACK},
+        "The paper's code starts before layer 1 of 32; it prints no other number.",
+    ),
+    "interval": Axis(
+        "Layers from one stack to the next", "layers", r"interval-(\d+)", ("interval",), REFERENCE,
+        {1: PAPER_DEEPSTACK},
+        "Figure 3 b: every interval tried is better than none; a plot without numbers.",
+    ),
+    "layers": Axis(
+        "Layers that get a stack", "stacks", r"layers-(\d+)", ("count",), REFERENCE,
+        {0: PAPER_BASELINE, 4: PAPER_DEEPSTACK}, "Figure 3 c: best with four; a plot without numbers between.",
+    ),
+    "global": Axis(
+        "Layer of the global tokens, no stacks", "LLM layer", r"global-deeper(?:-(\d+))?",
+        ("base_at",), "none", {0: PAPER_BASELINE},
+        "Figure 3 a: before layer 8 of 32 acceptable, past the midpoint a significant drop; a plot without numbers.",
+    ),
+    "tower": Axis(
+        "First tower layer that gets a stack", "tower layer", r"(?:deepstack-v|tower)-(\d+)",
+        ("tower_start",), "", TABLE_4, "Table 4: the later of 24 the better, above its baseline from 16 on.",
+    ),
+}  # fmt: skip
+
+CANNOT_SAY = {
+    "what enters": (
+        "Our small glyphs are in the high-resolution view alone, so this gap is larger than photographs can show; "
+        "only its sign can be compared."
+    ),
+    "how it enters": (
+        "With contexts of tens to hundreds of rows a string costs little here; the paper's trade is at 576 "
+        "against 2,880 rows."
+    ),
+    "sampling": (
+        "Our tiles are a few tokens a side; how much displaced tokens hurt on CLIP's 24 × 24 does not follow from that."
+    ),
+    "where": "Our decoder is shallow: early, middle and late can be compared with the paper's 32 layers, numbers not.",
+    "tower": (
+        "Our tower was trained on rendered text; whether one trained on photographs bears stacks in its middle is open."
+    ),
+    "strength": (
+        "The paper proposes these and measures none, so there is nothing to agree with, and a gate may need "
+        "longer than our runs."
+    ),
+    "text": "Our long texts are hundreds of tokens; nothing here speaks for models trained on long contexts.",
+    "budget": (
+        "Our questions are answered from one place of the image; how much a question about a photograph needs is "
+        "another matter."
+    ),
+}
+
+
+def what(variant: str) -> str:
+    """A variant in words; "" for one that is not known here."""
+    return VARIANTS[variant].words if variant in VARIANTS else ""
+
+
+# ---- runs
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run, a line of the results file."""
+
+    variant: str
+    group: str
+    seed: int
+    steps: int
+    device: str
+    accuracy: Mapping[str, Mapping[str, Any]]  # kind -> {n, exact_match, …}; "by_glyph_px" -> height -> the same
+    cost: Mapping[str, float] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    hours: float | None = None
+    parameters: int | None = None
+    when: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def share(self, metric: str) -> tuple[float, int] | None:
+        """(share of right answers, questions) of one metric; None where the run has none."""
+        kind, key, _ = METRICS[metric]
+        scores = self.accuracy.get(kind) or {}
+        return None if scores.get(key) is None else (float(scores[key]), int(scores["n"]))
+
+    def spent(self, cost: str) -> float | None:
+        """One cost; None where it was not measured."""
+        return self.parameters if cost == "parameters" else self.cost.get(cost)
+
+
+class Setting(NamedTuple):
+    """What runs must share to be compared."""
+
+    steps: int
+    device: str  # "cpu" | "cuda"
+    size: str = ""  # of the model and its data, where the config names one
+
+    def __str__(self) -> str:
+        return f"{self.size + ', ' if self.size else ''}{self.steps:,} steps on {self.device}"
+
+    @staticmethod
+    def of(run: Run) -> Setting:
+        """That of one run; which of several GPUs it ran on makes no difference."""
+        return Setting(run.steps, run.device.split(":")[0], str(run.config.get("size", "")))
+
+
+def read(path: Path | str = RESULTS) -> list[Run]:
+    """All runs of a results file in its order; [] where there is no file. UserError with file and line number for a
+    line that is no run."""
+    runs = []
+    for number, record in results.lines(Path(path)):
+        try:
+            runs.append(_run(record))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"{results.short(Path(path))}, line {number}, is no finished run: {error}. {results.AGAIN}"
+            ) from error
+    return runs
+
+
+def _run(raw: Mapping[str, Any]) -> Run:
+    """ValueError in words for what is no run."""
+    missing = [key for key in REQUIRED if key not in raw]
+    if missing:
+        raise ValueError(f"it has no {', '.join(missing)}")
+    for key, kind in {"variant": str, "group": str, "device": str, "seed": int, "steps": int, "accuracy": dict}.items():
+        if not isinstance(raw[key], kind) or isinstance(raw[key], bool):
+            raise ValueError(f"its {key} is {raw[key]!r}")
+    accuracy = raw["accuracy"]
+    for kind, scores in {**accuracy, **accuracy.get("by_glyph_px", {})}.items():
+        if kind != "by_glyph_px":
+            _check_scores(kind, scores)
+    if "fine" not in accuracy and "coarse" not in accuracy:
+        raise ValueError("its accuracy has neither fine nor coarse")
+    for height in accuracy.get("by_glyph_px", {}):
+        float(height)
+    for name, value in raw.get("cost", {}).items():
+        if value is not None and not _number(value):
+            raise ValueError(f"its cost {name} is {value!r}")
+    return Run(**{name: raw[name] for name in Run.__dataclass_fields__ if raw.get(name) is not None})
+
+
+def _check_scores(kind: str, scores: Any) -> None:
+    if not isinstance(scores, dict) or not isinstance(scores.get("n"), int) or "exact_match" not in scores:
+        raise ValueError(f"its accuracy for {kind} lacks n or exact_match")
+    for key in ("exact_match", "characters", "first_character"):
+        share = scores.get(key)
+        if share is not None and not (_number(share) and 0 <= share <= 1):
+            raise ValueError(f"its {key} for {kind} is {share!r}, not a share between 0 and 1")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def settings(runs: Iterable[Run]) -> dict[Setting, list[Run]]:
+    """Runs by what they share, the setting with most variants first. Of two lines for one variant and seed the later
+    counts."""
+    found: dict[Setting, dict[tuple[str, int], Run]] = {}
+    for run in runs:
+        found.setdefault(Setting.of(run), {})[run.variant, run.seed] = run
+    made = {setting: list(each.values()) for setting, each in found.items()}
+    return dict(sorted(made.items(), key=lambda item: (-len({r.variant for r in item[1]}), -len(item[1]))))
+
+
+# ---- intervals
+
+
+@cache
+def t_quantile(df: float, level: float = LEVEL) -> float:
+    """Half the width, in standard errors, of a two-sided Student interval; infinite without degrees of freedom."""
+    return float(stdtrit(df, (1 + level) / 2)) if df > 0 else math.inf
+
+
+class Interval(NamedTuple):
+    """A value with the ends of its 95 % interval, shares between -1 and 1."""
+
+    value: float
+    low: float
+    high: float
+
+
+def mean_interval(shares: Sequence[float], n: int) -> Interval:
+    """The mean of seeds: Wilson's interval for the n questions of one test set, or Student's over seeds if wider."""
+    mean = float(np.mean(shares))
+    low, high = wilson(round(mean * n), n)
+    if len(shares) > 1:
+        half = t_quantile(len(shares) - 1) * float(np.std(shares, ddof=1)) / math.sqrt(len(shares))
+        low, high = min(low, mean - half), max(high, mean + half)
+    return Interval(mean, max(0.0, low), min(1.0, high))
+
+
+def difference_interval(a: Sequence[float], b: Sequence[float], n: int) -> Interval:
+    """mean(a) - mean(b): Newcombe's interval for n questions each, or Welch's over seeds where both have several and
+    it is wider. Seeds share their questions, so that neither alone would do."""
+    one, two = float(np.mean(a)), float(np.mean(b))
+    value = one - two
+    (low1, high1), (low2, high2) = (wilson(round(mean * n), n) for mean in (one, two))
+    low = value - math.hypot(one - low1, high2 - two)
+    high = value + math.hypot(high1 - one, two - low2)
+    if len(a) > 1 and len(b) > 1:
+        errors = [float(np.var(each, ddof=1)) / len(each) for each in (a, b)]
+        if sum(errors) > 0:
+            df = sum(errors) ** 2 / sum(e**2 / (len(each) - 1) for e, each in zip(errors, (a, b), strict=True))
+            half = t_quantile(df) * math.sqrt(sum(errors))
+            low, high = min(low, value - half), max(high, value + half)
+    return Interval(value, low, high)
+
+
+# ---- the summary
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether ours has the paper's sign.
+
+    kind: "agrees" | "disagrees" | "cannot decide" | "not in the paper" | "reference"
+    """
+
+    kind: str
+    why: str
+
+    @property
+    def mark(self) -> str:
+        return {"agrees": "✓", "disagrees": "✗", "cannot decide": "?"}.get(self.kind, "–")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant: its runs of one setting under one metric."""
+
+    variant: str
+    group: str
+    runs: tuple[Run, ...]  # by seed
+    metric: str
+    n: int  # questions of one run
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(run.seed for run in self.runs)
+
+    @property
+    def shares(self) -> list[float]:
+        """One per seed."""
+        return [run.share(self.metric)[0] for run in self.runs]
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation over seeds; None for one seed."""
+        return float(np.std(self.shares, ddof=1)) if len(self.runs) > 1 else None
+
+    @cached_property
+    def mean(self) -> Interval:
+        return mean_interval(self.shares, self.n)
+
+    def minus(self, other: Row) -> Interval:
+        """The difference to another variant."""
+        return difference_interval(self.shares, other.shares, min(self.n, other.n))
+
+    def spent(self, cost: str) -> float | None:
+        """Mean over seeds of one cost; None where it was not measured."""
+        found = [value for run in self.runs if (value := run.spent(cost)) is not None]
+        return float(np.mean(found)) if found else None
+
+    @property
+    def acuity(self) -> Acuity:
+        """Exact match by glyph height, the questions of all seeds together."""
+        together: dict[str, list[float]] = {}
+        for run in self.runs:
+            for height, scores in run.accuracy.get("by_glyph_px", {}).items():
+                if scores["n"] and scores["exact_match"] is not None:
+                    hits, n = together.setdefault(height, [0, 0])
+                    together[height] = [hits + scores["exact_match"] * scores["n"], n + scores["n"]]
+        return acuity({height: {"n": n, "exact_match": hits / n} for height, (hits, n) in together.items()})
+
+    @property
+    def command(self) -> str:
+        return commands([self])[0]
+
+
+def run_command(
+    variants: Iterable[str], seeds: Iterable[int], setting: Setting | None = None, again: bool = False
+) -> str:
+    """What trains and scores these variants; without a setting as the lab does it by default. again: also those that
+    are in the results, which are replaced."""
+    text = f"python -m app lab run {' '.join(variants)} --seeds {','.join(map(str, seeds))}"
+    if setting is not None:
+        text += f" --size {setting.size}" if setting.size else ""
+        text += f" --steps {setting.steps}" + ("" if setting.device == "cpu" else f" --device {setting.device}")
+    return text + " --again" * again
+
+
+def commands(rows: Iterable[Row]) -> list[str]:
+    """What makes the numbers of these variants again, one command for all that have the same seeds."""
+    by_seeds: dict[tuple[int, ...], list[Row]] = {}
+    for row in rows:
+        by_seeds.setdefault(row.seeds, []).append(row)
+    return [
+        run_command([row.variant for row in each], seeds, Setting.of(each[0].runs[0]), again=True)
+        for seeds, each in by_seeds.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All variants of one setting under one metric, beside the paper on one of its benchmarks."""
+
+    setting: Setting
+    metric: str
+    bench: str
+    rows: tuple[Row, ...]  # by group, the reference first
+
+    def row(self, variant: str) -> Row | None:
+        return next((row for row in self.rows if row.variant == variant), None)
+
+    @property
+    def reference(self) -> Row | None:
+        return self.row(REFERENCE)
+
+    @property
+    def words(self) -> str:
+        return METRICS[self.metric].words
+
+    def difference(self, row: Row) -> Interval | None:
+        """To the reference; None for the reference itself, or where it has not been run."""
+        return None if row.variant == REFERENCE or self.reference is None else row.minus(self.reference)
+
+    def judge(self, row: Row) -> Verdict:
+        """Whether our difference has the paper's sign."""
+        paper = PAPER.get(row.variant)
+        if row.variant == REFERENCE:
+            return Verdict("reference", "The others are compared with it.")
+        if paper is None:
+            return Verdict("not in the paper", "The paper has no number for it.")
+        other = self.row(paper.against)
+        if other is None:
+            return Verdict("cannot decide", f"{paper.against}, with which the paper compares it, has not been run.")
+        gap = paper.difference(self.bench)
+        if gap is None and paper.sign is None:
+            return Verdict("not in the paper", f"The paper gives no number and no sign ({paper.words}).")
+        if gap is not None and abs(gap) < TIMID:
+            return Verdict("cannot decide", f"The paper's {gap:+.1f} is between two single runs, and below {TIMID:g}.")
+        sign = paper.sign if gap is None else int(math.copysign(1, gap))
+        ours = row.minus(other)
+        if ours.low <= 0 <= ours.high:
+            ends = f"{100 * ours.low:+.1f} to {100 * ours.high:+.1f} points"
+            return Verdict("cannot decide", f"Our interval against {paper.against}, {ends}, holds zero.")
+        theirs = f"{gap:+.1f} points of {self.bench}" if gap is not None else ("better" if sign > 0 else "worse")
+        same = (ours.value > 0) == (sign > 0)
+        mine = f"{100 * ours.value:+.1f} points against {paper.against}"
+        return Verdict("agrees" if same else "disagrees", f"Ours: {mine}; the paper's: {theirs}.")
+
+    def along(self, axis: str) -> list[tuple[float, Row]]:
+        """The variants on one axis of figure 3, ascending, the reference at its own place; those whose value neither
+        name nor config tells are left out."""
+        found = []
+        for row in self.rows:
+            named = re.fullmatch(FIGURE_3[axis].names, row.variant)
+            if named and (named[1] or "").isdecimal():
+                value: float | None = float(named[1])
+            elif named or row.variant == FIGURE_3[axis].home:
+                value = _setting_of(row.runs[0].config, FIGURE_3[axis].keys)
+            elif axis == "layers" and row.variant == "none":
+                value = 0.0
+            else:
+                continue
+            if value is not None:
+                found.append((value, row))
+        return sorted(found, key=lambda pair: pair[0])
+
+
+def _setting_of(config: Mapping[str, Any], keys: Sequence[str]) -> float | None:
+    """The number under the first of these keys, at the top of a config or one level down."""
+    levels = [config, *(value for value in config.values() if isinstance(value, Mapping))]
+    return next((float(level[key]) for key in keys for level in levels if _number(level.get(key))), None)
+
+
+def summary(runs: Sequence[Run], metric: str = "fine", bench: str = "AVG") -> Summary:
+    """Runs of one setting, variant by variant. UserError for an unknown metric or benchmark, or runs that cannot be
+    compared; variants without this metric are left out."""
+    if metric not in METRICS or bench not in BENCHES:
+        raise UserError(
+            f"There is no metric “{metric}” beside “{bench}”; choose of {', '.join(METRICS)} and {', '.join(BENCHES)}."
+        )
+    found = settings(runs)
+    if len(found) != 1:
+        raise UserError(f"Runs of one setting can be compared, not of {len(found)}; choose one first.")
+    ((setting, runs),) = found.items()
+    by_variant: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.share(metric) is not None:
+            by_variant.setdefault(run.variant, []).append(run)
+    rows = []
+    for variant, each in by_variant.items():
+        each.sort(key=lambda run: run.seed)
+        rows.append(Row(variant, each[0].group, tuple(each), metric, min(run.share(metric)[1] for run in each)))
+    known = {group: place for place, group in enumerate(GROUPS)}
+    order = {variant: place for place, variant in enumerate(by_variant)}
+    rows.sort(key=lambda r: (r.variant != REFERENCE, known.get(r.group, len(GROUPS)), r.group, order[r.variant]))
+    return Summary(setting, metric, bench, tuple(rows))
+
+
+def table(runs: Sequence[Run], metric: str = "fine", bench: str = "AVG") -> Table:
+    """One row per setting and variant: ours, the paper's, the verdict, costs, and the command that makes it again."""
+    columns = ["steps", "device", "size", "group", "variant", "seeds", "metric", "questions"]
+    columns += ["mean", "deviation", "low", "high"]
+    columns += ["difference", "difference_low", "difference_high", "paper", "paper_benchmark", "paper_score"]
+    columns += ["paper_difference", "verdict", "why", *COSTS, "hours", "command"]
+    rows = []
+    for each in settings(runs).values():
+        found = summary(each, metric, bench)
+        for row in found.rows:
+            paper, verdict = PAPER.get(row.variant), found.judge(row)
+            hours = [run.hours for run in row.runs if run.hours is not None]
+            rows.append(
+                (
+                    *found.setting, row.group, row.variant, " ".join(map(str, row.seeds)), metric, row.n,
+                    row.mean.value, row.deviation, row.mean.low, row.mean.high,
+                    *(found.difference(row) or (None, None, None)),
+                    paper and paper.source, bench if paper and paper.scores else None,
+                    paper and paper.scores.get(bench), paper and paper.difference(bench), verdict.kind, verdict.why,
+                    *(row.spent(cost) for cost in COSTS), sum(hours) if hours else None, row.command,
+                )
+            )  # fmt: skip
+    return Table(tuple(columns), tuple(rows))
+
+
+def curves(found: Summary, variants: Sequence[str]) -> dict[str, Acuity]:
+    """Acuity of these variants, those left out that have no glyph heights."""
+    wanted = [row for row in found.rows if row.variant in variants]
+    return {row.variant: curve for row in wanted if len((curve := row.acuity).n)}

@@ -1,0 +1,352 @@
+"""Lab: the paper's experiments at toy size beside the paper's numbers, and how the samplings deal tokens out.
+
+Handlers first, layout below. Every number comes from assets/lab/results.jsonl (`analysis.lab`) and stands beside the
+command that makes it again; nothing is run or trained here. The step-through picture is app/dealing.py and
+assets/js/deal.js.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import gradio as gr
+from gradio import processing_utils
+from gradio.utils import get_upload_folder
+
+from analysis import figures, lab
+from analysis.lab import Interval, Row, Run, Setting, Summary
+from app import dealing, markup
+from app.desk import Desk
+from app.lab_files import FIGURES, FIRST, KINDS, axes_of, shown_curves, taken
+from app.session import Focus
+from app.wiring import bound
+from model.errors import UserError
+from model.loading import EMBEDDED
+
+BUSY = '<p class="dl-note dl-busy" role="status">The results are being read …</p>'
+INTRO = (
+    '<p class="dl-note">Small models, one difference each: the same scenes, steps and seeds, the same frozen vision '
+    "tower unless a row says otherwise. Ours are shares of questions answered; the paper's are its benchmarks. Two "
+    "different scales, side by side: what can be compared is the sign.</p>"
+)
+
+PLACES = {
+    "dl-lab-table": "row by row",
+    "dl-lab-axes": "figure 3",
+    "dl-lab-acuity": "glyph height",
+    "dl-lab-cost": "cost",
+    "dl-deal": "how tokens are dealt out",
+}
+NAVIGATION = (
+    '<nav class="dl-lab-nav" aria-label="On this tab">'
+    + "".join(f'<a href="#{place}">{words}</a>' for place, words in PLACES.items())
+    + "</nav>"
+)
+
+
+# ---- handlers: plain values in, plain values out
+
+
+def results(
+    desk: Desk, dark: bool, setting: str, metric: str, bench: str, cost: str, curves: Sequence[str] | None
+) -> tuple:
+    """All views of the results file. Returns (head, body, setting, curves, table, variants, axes, acuity, cost)."""
+    nothing = (gr.skip(), gr.skip(), "", None, None, None, None)
+    try:
+        runs = lab.read(lab.RESULTS)
+    except UserError as error:
+        said = f'<p class="dl-error" role="alert">{markup.escape(str(error))}</p>'
+        return said, gr.Column(visible=False), *nothing
+    if not runs:
+        return empty(), gr.Column(visible=False), *nothing
+    found, offered = chosen(runs, setting, metric, bench)
+    if cost not in lab.COSTS:
+        raise UserError(f"There is no cost “{cost}”; choose one of {', '.join(lab.COSTS)}.")
+    shown = shown_curves(found, curves)
+    drawn = lab.curves(found, shown)
+    return (
+        head(found),
+        gr.Column(visible=True),
+        gr.Dropdown([str(each) for each in offered], value=str(found.setting)),
+        gr.Dropdown([row.variant for row in found.rows if len(row.acuity.n)], value=shown),
+        results_table(desk, runs, found),
+        figures.lab_variants(found, dark),
+        figures.lab_axes(found, dark) if axes_of(found) else None,
+        figures.acuity_curves(drawn, dark) if drawn else None,
+        figures.lab_cost(found, cost, dark) if any(row.spent(cost) is not None for row in found.rows) else None,
+    )
+
+
+def deal(desk: Desk, model: str, focus: Focus) -> dict | None:
+    """The step-through picture of the image in focus, None without one."""
+    return dealing.deal_value(desk.engine(model), desk.held(focus.images[0]) if focus.images else None)
+
+
+def take(
+    desk: Desk, what: str, kind: str, setting: str, metric: str, bench: str, cost: str, curves: Sequence[str] | None
+) -> str:
+    """A figure or its table as a file; returns its path."""
+    if what not in FIGURES or kind not in KINDS:
+        raise UserError(f"There is no “{what}” as {kind}; choose one of {', '.join(FIGURES)}, as {', '.join(KINDS)}.")
+    runs = lab.read(lab.RESULTS)
+    if not runs:
+        raise UserError(f"There are no results yet; run {lab.run_command(FIRST, (0, 1, 2))} first.")
+    found, _ = chosen(runs, setting, metric, bench)
+    name = f"deepstack-lens-{FIGURES[what]}.{kind}"
+    data = taken(runs, found, what, kind, cost, shown_curves(found, curves))
+    return processing_utils.save_bytes_to_cache(data, name, cache_dir=get_upload_folder())
+
+
+def shipped(desk: Desk, variant: str) -> str:
+    """The name under which a variant's checkpoint can be asked here, "" where none ships."""
+    name = f"{EMBEDDED}/lab-{variant}"
+    return name if name in desk.zoo.offered else ""
+
+
+# ---- what is shown
+
+
+def chosen(runs: Sequence[Run], setting: str, metric: str, bench: str) -> tuple[Summary, list[Setting]]:
+    """(the summary of one setting, all settings there are); the fullest one where none is named."""
+    found = lab.settings(runs)
+    named = {str(each): each for each in found}
+    if setting and setting not in named:
+        raise UserError(f"There are no runs of “{setting[:60]}”; there are of {', '.join(named)}.")
+    here = named[setting] if setting else next(iter(found))
+    summary = lab.summary(found[here], metric, bench)
+    if not summary.rows:
+        raise UserError(f"No run of {here} has the metric “{metric}”; choose another.")
+    return summary, list(found)
+
+
+def empty() -> str:
+    """What is shown while nothing has been run."""
+    words = (
+        "Nothing has been trained here so far, so there is no number to show. One run of the small configuration takes "
+        "about ten minutes on one CPU core; each is one line of assets/lab/results.jsonl, and this tab reads nothing "
+        "else."
+    )
+    return (
+        f'<div class="dl-empty"><b>No results yet</b><p>{words}</p>'
+        f"{code(lab.run_command(FIRST, (0, 1, 2)))}{code('python -m app lab list')}"
+        "<p>The picture below needs no results.</p></div>"
+    )
+
+
+def head(found: Summary) -> str:
+    """How many rows agree with the paper in sign, and what is missing."""
+    kinds = [found.judge(row).kind for row in found.rows]
+    agree, differ, neither = (kinds.count(kind) for kind in ("agrees", "disagrees", "cannot decide"))
+    told = f"<b>{agree}</b> agree with the paper in sign, <b>{differ}</b> disagree, <b>{neither}</b> cannot decide"
+    lines = [f'<p class="dl-lab-count" role="status">{told} <span>· {found.setting}</span></p>{NAVIGATION}']
+    missing = [variant for variant in lab.PAPER if found.row(variant) is None]
+    if found.reference is None:
+        words = f"The reference {lab.REFERENCE} has not been run at this setting, so nothing can be compared with it."
+        lines.append(f'<p class="dl-error">{words}</p>{code(lab.run_command([lab.REFERENCE], (0,), found.setting))}')
+    elif missing:
+        seeds = found.reference.seeds
+        lines.append(
+            f"<details><summary>{len(missing)} rows of the paper have no run of ours at this setting</summary>"
+            f"{code(lab.run_command(missing, seeds, found.setting))}</details>"
+        )
+    return INTRO + "".join(lines)
+
+
+def results_table(desk: Desk, runs: Sequence[Run], found: Summary) -> str:
+    """Variant by variant: ours, the difference to the reference, the paper's, the verdict, costs, and how to make it
+    again."""
+    coarse = lab.summary(lab.settings(runs)[found.setting], "coarse", found.bench)
+    parts = [
+        '<table class="dl-lab-table"><thead><tr><th>Variant</th><th>Ours, %</th>'
+        f"<th>Against {lab.REFERENCE}</th><th>Paper, {found.bench}</th><th>Sign</th><th>Coarse, %</th><th>Cost</th>"
+        "</tr></thead>"
+    ]
+    for group in dict.fromkeys(row.group for row in found.rows):
+        limits = lab.CANNOT_SAY.get(group, "")
+        parts.append(
+            f'<tbody><tr class="dl-lab-group"><th colspan="7" scope="rowgroup">{markup.escape(group)}'
+            f"<small>{markup.escape(limits)}</small></th></tr>"
+        )
+        parts += [_row(desk, found, coarse, row) for row in found.rows if row.group == group]
+        parts.append("</tbody>")
+    parts.append("</table>")
+    again = "".join(code(each) for each in lab.commands(found.rows))
+    return (
+        f'<div class="dl-panel"><h3>Row by row <small>{markup.escape(found.words)}, {found.setting}</small></h3>'
+        f"{''.join(parts)}{markup.say('lab_table')}"
+        f"<details><summary>What makes all of this again</summary>{again}{code('python -m app lab table')}</details>"
+        "</div>"
+    )
+
+
+def _row(desk: Desk, found: Summary, coarse: Summary, row: Row) -> str:
+    gap, verdict, paper = found.difference(row), found.judge(row), lab.PAPER.get(row.variant)
+    side = coarse.row(row.variant)
+    printed = "–"
+    if paper is not None and paper.scores:
+        change = "" if row.variant == lab.REFERENCE else f" ({paper.difference(found.bench):+.1f})"
+        printed = f"{paper.scores[found.bench]:.1f}{change}<small>{markup.escape(paper.source)}</small>"
+    elif paper is not None and paper.sign:
+        printed = f"{'better' if paper.sign > 0 else 'worse'}<small>{markup.escape(paper.source)}</small>"
+    kind = verdict.kind.replace(" ", "-")
+    cells = {
+        "Variant": f"<b>{markup.escape(row.variant)}</b><small>{markup.escape(lab.what(row.variant))}</small>",
+        "Ours, %": _share(row),
+        f"Against {lab.REFERENCE}": "–" if gap is None else _points(gap),
+        f"Paper, {found.bench}": printed,
+        "Sign": f'<span class="dl-verdict dl-{kind}">{verdict.mark} {verdict.kind}</span>'
+        f"<small>{markup.escape(verdict.why)}</small>",
+        "Coarse, %": "–" if side is None else _share(side, short=True),
+        "Cost": _costs(row),
+    }
+    first, *rest = cells.items()
+    line = f'<th scope="row" data-label="Variant">{first[1]}</th>'
+    line += "".join(f'<td data-label="{markup.escape(name)}"><div>{value}</div></td>' for name, value in rest)
+    return f'<tr>{line}</tr><tr class="dl-lab-again"><td colspan="7">{code(row.command)}{_offer(desk, row)}</td></tr>'
+
+
+def _share(row: Row, short: bool = False) -> str:
+    deviation = "" if row.deviation is None else f" ± {100 * row.deviation:.1f}"
+    seeds = f"{len(row.runs)} seed{'s' if len(row.runs) > 1 else ''} × {row.n}"
+    ends = "" if short else f"{100 * row.mean.low:.1f} to {100 * row.mean.high:.1f}, <br>"
+    return f"<span>{100 * row.mean.value:.1f}{deviation}</span><small>{ends}{seeds}</small>"
+
+
+def _points(gap: Interval) -> str:
+    return f"{100 * gap.value:+.1f}<small>{100 * gap.low:+.1f} to {100 * gap.high:+.1f}</small>"
+
+
+def _costs(row: Row) -> str:
+    def spent(cost: str, words: str, shown) -> str:
+        value = row.spent(cost)
+        return "" if value is None else f"{words} {shown(value)}"
+
+    context = spent("context", "", lambda v: f"{v:.0f} rows")
+    prefill = [
+        spent("prefill_flops", "", lambda v: f"{si(v)}FLOP"),
+        spent("prefill_seconds", "", markup.milliseconds),
+        spent("prefill_bytes", "", lambda v: f"{si(v)}B"),
+    ]
+    step = [spent("step_seconds", "", markup.milliseconds), spent("step_bytes", "", lambda v: f"{si(v)}B")]
+    lines = [f"{name} {', '.join(filter(None, each))}" for name, each in (("prefill", prefill), ("step", step))]
+    lines = [line for line in lines if "," in line or line.count(" ") > 1]
+    return f"{context or '–'}<small>{', <br>'.join(' '.join(line.split()) for line in lines)}</small>"
+
+
+def si(value: float) -> str:
+    """Three digits with a decimal prefix: '1.2 G', '512 M'."""
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {prefix}"
+    return f"{value:.3g} "
+
+
+def _offer(desk: Desk, row: Row) -> str:
+    """Buttons to ask a variant, where its checkpoint ships."""
+    name = shipped(desk, row.variant)
+    if not name:
+        return '<span class="dl-note">No checkpoint of it ships; its command makes one.</span>'
+    name = markup.escape(name)
+    return (
+        f'<button type="button" class="dl-chip" data-go="chat" data-name="{name}">chat with it</button>'
+        f'<button type="button" class="dl-chip" data-go="compare" data-name="{name}">put into Compare</button>'
+    )
+
+
+def code(command: str) -> str:
+    """A command line, and a button that copies it."""
+    return (
+        f'<span class="dl-command"><code>{markup.escape(command)}</code>'
+        '<button type="button" class="dl-copy-code">copy</button></span>'
+    )
+
+
+# ---- layout and wiring
+
+
+class DealPicture(gr.HTML):
+    """The step-through picture. Value: `dealing.deal_value`. Event: `views` (another image or model is in focus)."""
+
+    def __init__(self, **more):
+        super().__init__(
+            html_template='<div class="dl-deal"></div>',
+            js_on_load="lens.deal(element, props, trigger, watch) // tells 'views'",
+            apply_default_css=False,
+            **more,
+        )
+
+    def api_info(self) -> dict:
+        return {"type": {}, "description": "which token goes into which stack"}
+
+
+def build(desk: Desk, *, tab, model, focus, dark, examples) -> tuple:
+    """Draws the tab and wires it. Returns (the table, whose rows tell 'chat' and 'compare'; the example cards)."""
+    status = gr.HTML(BUSY, apply_default_css=False, elem_id="dl-lab-head")
+    with gr.Column(visible=False, elem_id="dl-lab-body") as body:
+        with gr.Row(elem_classes=["dl-lab-choose"]):
+            setting = gr.Dropdown([], value="", label="Runs", allow_custom_value=True, min_width=240)
+            metric = gr.Dropdown(
+                [(each.words, key) for key, each in lab.METRICS.items()], value="fine", label="Our score",
+                filterable=False, min_width=240,
+            )  # fmt: skip
+            bench = gr.Dropdown(
+                list(lab.BENCHES), value="AVG", label="The paper's benchmark", filterable=False, min_width=150
+            )
+        with gr.Column(elem_classes=["dl-panel"]):
+            variants = gr.Plot(show_label=False, container=False, elem_id="dl-lab-variants")
+            gr.HTML(markup.say("lab_variants"), apply_default_css=False)
+        table = gr.HTML(
+            "", js_on_load="lens.clicks(element, props, trigger) // tells 'chat' and 'compare'",
+            apply_default_css=False, elem_id="dl-lab-table",
+        )  # fmt: skip
+        with gr.Row(elem_classes=["dl-plots"]):
+            with gr.Column(elem_classes=["dl-panel"]):
+                axes = gr.Plot(show_label=False, container=False, elem_id="dl-lab-axes")
+                gr.HTML(markup.say("lab_axes", said_along()), apply_default_css=False)
+            with gr.Column(elem_classes=["dl-panel"]):
+                acuity = gr.Plot(show_label=False, container=False, elem_id="dl-lab-acuity")
+                curves = gr.Dropdown([], label="Curves", multiselect=True, max_choices=9, allow_custom_value=True)
+                gr.HTML(markup.say("acuity"), apply_default_css=False)
+        with gr.Column(elem_classes=["dl-panel"]):
+            spent = gr.Plot(show_label=False, container=False, elem_id="dl-lab-cost")
+            cost = gr.Dropdown(
+                [(f"{each.words} ({each.unit})", key) for key, each in lab.COSTS.items()], value="context",
+                label="Cost", filterable=False,
+            )  # fmt: skip
+            gr.HTML(markup.say("lab_cost"), apply_default_css=False)
+        with gr.Row(elem_classes=["dl-take"]):
+            what = gr.Dropdown(list(FIGURES), value="variants", label="Take away", scale=2, filterable=False)
+            kind = gr.Radio(list(KINDS), value="png", label="as", scale=2)
+            button = gr.Button("Download", size="sm", scale=1, elem_id="dl-lab-take")
+            file = gr.DownloadButton("file", visible="hidden", elem_id="dl-lab-file")
+    gr.HTML("<h3>How the tokens are dealt out</h3>", apply_default_css=False, elem_classes=["dl-lab-title"])
+    with gr.Column(elem_classes=["dl-panel"]):
+        picture = DealPicture(elem_id="dl-deal")
+    cards = examples()
+
+    choices = [setting, metric, bench, cost, curves]
+    views = [status, body, setting, curves, table, variants, axes, acuity, spent]
+    shown = {
+        "fn": bound(results, desk), "inputs": [dark, *choices], "outputs": views, "queue": False,
+        "show_progress": "minimal", "show_progress_on": [status],
+    }  # fmt: skip
+    tab.select(**shown, api_name="open_lab")
+    for each, name in zip(choices, ("setting", "metric", "bench", "cost", "curves"), strict=True):
+        each.input(**shown, api_name=f"lab_{name}")
+    dealing_out = {
+        "fn": bound(deal, desk), "inputs": [model, focus], "outputs": [picture], "queue": False,
+        "show_progress": "hidden",
+    }  # fmt: skip
+    tab.select(**dealing_out, api_name="open_deal")
+    picture.views(**dealing_out, api_name="deal")
+    start = "() => document.querySelector('#dl-lab-file').click()"
+    button.click(
+        bound(take, desk), [what, kind, *choices], [file], api_name="lab_download", show_progress="minimal",
+        show_progress_on=[status],
+    ).success(None, js=start, api_name="lab_download_start")  # fmt: skip
+    return table, cards
+
+
+def said_along() -> str:
+    """What the paper says along the axes of figure 3 and table 4."""
+    return " ".join(axis.said for axis in lab.FIGURE_3.values())

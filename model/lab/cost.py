@@ -1,0 +1,73 @@
+"""What a variant costs: context, arithmetic, seconds and bytes of a prefill and of a training step.
+
+The vision tower is left out: it is the same for all, and its features come from a cache. Knows nothing about scores.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.lab.twin import LabTwin
+from model.training import packed
+
+PREFILLS, STEPS = 9, 3  # timed; the middle one counts
+
+
+def measure(
+    twin: LabTwin, features: torch.Tensor, question: packed.Rows, step: Callable[[], None], dtype: torch.dtype
+) -> dict:
+    """The cost of a prefill of one image `features` `[1, 384, width]` with one `question`, and of a training `step`.
+
+    dtype: what the decoder's layers compute in. context: tokens of the image and before it. prefill_flops: two per
+    multiplication and addition. Bytes: the most that is allocated at once, beyond the weights."""
+
+    @torch.no_grad()
+    def prefill():
+        twin(features, question, dtype)
+
+    base, _ = twin.inject(features)
+    with FlopCounterMode(display=False) as counter:
+        prefill()
+    return {
+        "context": base.shape[1] + len(twin.lead),
+        "prefill_flops": counter.get_total_flops(),
+        "prefill_seconds": seconds(prefill, PREFILLS, features.device),
+        "prefill_bytes": peak_bytes(prefill, features.device),
+        "step_seconds": seconds(step, STEPS, features.device),
+        "step_bytes": peak_bytes(step, features.device),
+    }
+
+
+def seconds(work: Callable[[], None], times: int, device: torch.device) -> float:
+    """The middle one of so many, after one that is not counted."""
+    taken = []
+    for _ in range(times + 1):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken[1:])
+
+
+def peak_bytes(work: Callable[[], None], device: torch.device) -> int:
+    """The most bytes that torch holds at once while `work` runs, beyond what it held before."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - held
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    held = most = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most

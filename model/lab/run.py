@@ -1,0 +1,205 @@
+"""One run of the lab: train a variant, test it, measure what it costs, and say so in one record.
+
+All runs of a size see the same scenes and questions in the same order of a seed. Knows nothing about other runs; many
+at once: model/lab/many.py.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import platform
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from transformers import LlavaConfig
+
+from model.errors import UserError
+from model.lab import cost, results, scenes
+from model.lab.twin import LabTwin
+from model.lab.variants import Variant, first_layer, variant_of
+from model.training import dataset, twins
+from model.training.scenes import Question
+from model.training.tokenizer import make_tokenizer
+from model.training.tower import accelerator_for, compute_dtype
+
+MOST = 30  # questions of a test scene: all of them
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a lab is: the decoder, the scenes that are drawn for it, and its steps."""
+
+    name: str
+    width: int
+    layers: int
+    scenes: int
+    steps: int
+    batch: int = twins.BATCH  # scenes in a step
+    rate: float = 0.02
+    validation: int = scenes.VALIDATION
+    test: int = scenes.TEST
+
+
+SIZES = {
+    size.name: size
+    for size in (
+        Size("small", width=128, layers=8, scenes=4000, steps=2000),
+        Size("large", width=256, layers=8, scenes=20_000, steps=8000, batch=16, rate=0.014, test=600),
+    )
+}
+
+
+def size_of(name: str | None, gpu: bool = False) -> Size:
+    """The size of this name, or large on a GPU and small elsewhere. UserError for an unknown one."""
+    name = name or ("large" if gpu else "small")
+    if name not in SIZES:
+        raise UserError(f"There is no lab size {name!r}; there are {', '.join(SIZES)}.")
+    return SIZES[name]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: what, how large, from which seed, for how many steps."""
+
+    variant: Variant
+    size: Size
+    seed: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.name} {self.seed}"
+
+    def config(self) -> dict:
+        """Everything that defines the run, but its variant's name, its seed and its steps."""
+        size = {key: value for key, value in asdict(self.size).items() if key not in ("name", "steps")}
+        # "layers" would be the number of layers that get a stack, to those who read the results
+        decoder = {"llm_width": size.pop("width"), "llm_layers": size.pop("layers")}
+        view = {"side": scenes.SIDE, "glyphs": {str(key): share for key, share in scenes.GLYPHS.items()}}
+        seeds = {"scenes_seeds": [scenes.TRAINING_SEED, scenes.VALIDATION_SEED, scenes.TEST_SEED]}
+        tower = {"tower": scenes.tower_mark()}
+        start = {"start": first_layer(self.variant, self.size.layers)}
+        return {"size": self.size.name, **decoder, **size, **view, **seeds, **tower, **self.variant.config(), **start}
+
+    def key(self) -> str:
+        """The same for two runs that are to give the same."""
+        record = {"variant": self.variant.name, "seed": self.seed, "steps": self.steps, "config": self.config()}
+        return results.key_of(record)
+
+    def folder(self, workdir: Path) -> Path:
+        mark = hashlib.sha256(self.key().encode()).hexdigest()[:8]
+        return workdir / "lab" / "runs" / f"{self.variant.name}-{self.seed}-{self.steps}-{mark}"
+
+
+def jobs(names: Iterable[str], seeds: Iterable[int], size: Size, steps: int | None = None) -> list[Job]:
+    """Every variant from every seed, all variants of a seed before the next seed."""
+    variants = [variant_of(name) for name in dict.fromkeys(names)]
+    return [Job(variant, size, seed, steps or size.steps) for seed in dict.fromkeys(seeds) for variant in variants]
+
+
+def forget(job: Job, workdir: Path) -> None:
+    """Take away the checkpoint of a run: the next one begins anew."""
+    shutil.rmtree(job.folder(workdir), ignore_errors=True)
+
+
+def run(job: Job, workdir: Path, device: str | None = None, progress=None) -> dict:
+    """Train, test and measure; the record of the run. Goes on from the run's last checkpoint in `workdir`.
+    progress(share, words). UserError where it is to use a GPU and there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, but the machine of this run has no GPU that works; give --device cpu.")
+    folder = job.folder(workdir)
+    size, layers = job.size, job.size.layers
+    data = scenes.prepare(workdir, size.scenes, size.validation, size.test, device=device)
+    training = [(scenes.placed(batch, job.variant, layers), features) for batch, features in data.training]
+    watched, tested = (
+        (scenes.placed(batch, job.variant, layers), features) for batch, features in (data.validation, data.test)
+    )
+    torch.manual_seed(job.seed)
+    tokenizer = make_tokenizer()
+    questions = twins.Questions(tokenizer)
+    vision = LlavaConfig.from_pretrained(scenes.TOWER).vision_config
+    twin = LabTwin(job.variant, vision, len(tokenizer), training[0][1][:300], size.width, layers)
+    options = {"batch": size.batch, "seed": job.seed, "rate": size.rate, "device": device, "progress": progress}
+    twins.fit(job.name, twin, questions, training, watched, folder, (job.steps,), **options, log=lambda line: None)
+    minutes = json.loads((folder / "curve.jsonl").read_text().splitlines()[-1])["minutes"]
+    accelerator = accelerator_for(device)
+    twin.to(accelerator.device).eval()
+    accuracy = marks(twins.answered(twin, questions, *tested, most=MOST))
+    return {
+        "variant": job.variant.name,
+        "group": job.variant.group,
+        "config": job.config(),
+        "seed": job.seed,
+        "steps": job.steps,
+        "device": accelerator.device.type,
+        "hours": round(minutes / 60, 3),
+        "parameters": twin.counted(),
+        "accuracy": accuracy,
+        "cost": costs(twin, questions, training[0], size.batch, compute_dtype(accelerator)),
+        "when": datetime.date.today().isoformat(),
+        "versions": versions(accelerator.device),
+    } | learned(twin)  # fmt: skip
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Of what the numbers of a run may depend on, and the GPU's name where there is one."""
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    own = {"python": platform.python_version(), "torch": torch.__version__}
+    return own | {"transformers": transformers.__version__} | gpu
+
+
+def learned(twin: LabTwin) -> dict:
+    """The gates of a variant that has them, one number per stack: a mean over channels where there are many."""
+    return {"gates": twin.gates.detach().mean(-1).flatten().tolist()} if twin.variant.gate != "none" else {}
+
+
+def marks(answers: Iterable[tuple[Question, torch.Tensor]]) -> dict:
+    """Exact match by kind, of fine questions also characters and first characters, and all by glyph height."""
+    by_kind: dict[str, list[torch.Tensor]] = {"fine": [], "coarse": []}
+    by_height: dict[str, list[torch.Tensor]] = {}
+    for question, right in answers:
+        by_kind[question.kind].append(right)
+        if question.kind == "fine":
+            by_height.setdefault(f"{question.glyph_px:g}", []).append(right)
+    fine, coarse = (_share(found) for found in by_kind.values())
+    fine["characters"] = round(float(np.mean([float(r[:-1].float().mean()) for r in by_kind["fine"]])), 4)
+    fine["first_character"] = round(float(np.mean([bool(r[0]) for r in by_kind["fine"]])), 4)
+    heights = {height: _share(found) for height, found in sorted(by_height.items(), key=lambda item: float(item[0]))}
+    return {"fine": fine, "coarse": coarse, "by_glyph_px": heights}
+
+
+def _share(found: list[torch.Tensor]) -> dict:
+    return {"n": len(found), "exact_match": round(float(np.mean([bool(right.all()) for right in found])), 4)}
+
+
+def costs(
+    twin: LabTwin,
+    questions: twins.Questions,
+    data: tuple[dataset.Batch, torch.Tensor],
+    batch: int,
+    dtype: torch.dtype,
+) -> dict:
+    """Of a prefill of one scene with one question, and of a training step with questions."""
+    device = next(twin.parameters()).device
+    items = data[0].items[:batch]
+    features = data[1][:batch].float().to(device)
+    item = items[0][0]
+    one = questions.pad([questions.turn(item.question.question, item.question.answer, item.cells)]).to(device)
+    rows = questions.rows(items, np.random.default_rng(0)).to(device)
+    words = twin.model.model.language_model.embed_tokens.weight[questions.words].detach()
+
+    def step():
+        twin.zero_grad(set_to_none=True)
+        logits, result = twin(features, rows, dtype)
+        sum(twins.answer_losses(twin, logits, result, rows, words).values()).backward()
+
+    found = cost.measure(twin, features[:1], one, step, dtype)
+    twin.zero_grad(set_to_none=True)
+    return found

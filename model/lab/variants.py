@@ -1,0 +1,145 @@
+"""The registry of what the lab compares: one small frozen config each, and where its visual tokens land.
+
+The global view has 8 x 8 tokens, the high-resolution view 16 x 16, dealt out to four sets of 64 (`sets_of`). A new
+variant is one line of VARIANTS. A variant whose vision tower differs (DeepStack-V, taps) will be one too: it names, in
+a field of its own, the features it reads, and model/lab/scenes.py keeps those in a cache beside the frozen tower's.
+Knows nothing about training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from model.errors import UserError
+from model.families.deepstack_llava import sample
+
+LOW, TILES = 8, 2  # tokens per side of the global view; tiles per side of the high-resolution view
+HIGH = LOW * TILES  # tokens per side of the high-resolution view
+SETS = TILES**2
+GROUPS = ("what enters", "how it enters", "sampling", "where", "tower", "strength", "text", "budget")
+LAST = -1  # as a start: after the last layer, where no answer can see it
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What defines a variant; defaults are the paper's: four dilated samples added before layers 1 to 4."""
+
+    name: str
+    group: str
+    words: str  # what it is, one sentence
+    merge: str = "stack"  # how visual tokens enter: stack, none, string, global-string, concat, average
+    rows: str = "high"  # what a stack holds: samples of the high-resolution view, or the global tokens ("global")
+    sampling: str = "2d"  # see families.deepstack_llava.sample
+    consistent: bool = True  # False: the global view is fitted into three quarters of its height
+    start: int = 1  # the layer before which the first stack is added, or LAST
+    interval: int = 1
+    count: int = SETS  # how many of the sets enter
+    base_at: int = 0  # the layer before which the global tokens are added; beyond 0 the input holds zeros
+    gate: str = "none"  # what each stack is multiplied by: none, scalar, channel (learned, from 1)
+    positions: bool = False  # a learned embedding per stack and row, from 0
+    keep_all: float = 1.0  # share of the image rows that get every stack: those with most in the high-resolution view
+    keep_some: float = 1.0  # share that gets at least the first half of the stacks
+    keep_by: str = "norm"  # how rows are ranked: norm, random
+
+    def config(self) -> dict:
+        """Everything that sets it apart in a run: all but its name and words."""
+        return {key: value for key, value in asdict(self).items() if key not in ("name", "group", "words")}
+
+
+_ALL = (
+    Variant("stack-2d", "what enters", "four dilated samples of the high-resolution view before layers 1 to 4"),
+    Variant("none", "what enters", "the global view alone, once, at the input", merge="none"),
+    Variant("dummy", "what enters", "the global tokens again before layers 1 to 4", rows="global"),
+    Variant("string", "how it enters", "all high-resolution tokens in the sequence, no global view", merge="string"),
+    Variant("global-string", "how it enters", "the global tokens and all high-resolution tokens in the sequence",
+            merge="global-string"),
+    Variant("concat", "how it enters", "global tokens and samples side by side on the feature axis, projected once",
+            merge="concat"),
+    Variant("average", "how it enters", "global tokens plus the mean of the samples, once, at the input",
+            merge="average"),
+    Variant("stack-grid", "sampling", "each tile of the high-resolution view is one stack", sampling="grid"),
+    Variant("stack-1d", "sampling", "every fourth token of the flattened view, as in the paper's code", sampling="1d"),
+    Variant("stack-1d-sequential", "sampling", "one quarter of the flattened view after another, as in its text",
+            sampling="1d-sequential"),
+    Variant("inconsistent-resize", "sampling", "the global view fitted with margins, the high-resolution view filling "
+            "its frame: the same pixels in other places", consistent=False),
+    Variant("start-0", "where", "stacks before layers 0 to 3", start=0),
+    Variant("start-2", "where", "stacks before layers 2 to 5", start=2),
+    Variant("start-3", "where", "stacks before layers 3 to 6", start=3),
+    Variant("start-4", "where", "stacks before layers 4 to 7", start=4),
+    Variant("start-6", "where", "stacks before layers 6 and 7; two find no layer", start=6),
+    Variant("start-last", "where", "stacks after the last layer, where no answer sees them: a control", start=LAST),
+    Variant("interval-2", "where", "stacks before layers 1, 3, 5, 7", interval=2),
+    Variant("layers-1", "where", "the first sample only", count=1),
+    Variant("layers-2", "where", "the first two samples only", count=2),
+    Variant("layers-3", "where", "the first three samples only", count=3),
+    Variant("global-deeper", "where", "the global view alone, added before layer 4; zeros at the input",
+            merge="none", base_at=4),
+    Variant("global-deeper-1", "where", "the global view alone, added before layer 1; zeros at the input",
+            merge="none", base_at=1),
+    Variant("global-deeper-2", "where", "the global view alone, added before layer 2; zeros at the input",
+            merge="none", base_at=2),
+    Variant("global-deeper-6", "where", "the global view alone, added before layer 6; zeros at the input",
+            merge="none", base_at=6),
+    Variant("gate", "strength", "a learned scalar per stack", gate="scalar"),
+    Variant("gate-channel", "strength", "a learned gain per stack and channel", gate="channel"),
+    Variant("layer-positions", "strength", "a learned embedding per stack and row", positions=True),
+    Variant("budget-50", "budget", "every stack for a quarter of the rows, half of them for another, none for the "
+            "rest; by the norm of their features", keep_all=0.25, keep_some=0.5),
+    Variant("budget-25", "budget", "every stack for an eighth of the rows, half of them for another, none for the "
+            "rest; by the norm of their features", keep_all=0.125, keep_some=0.25),
+    Variant("budget-50-random", "budget", "as budget-50, but the rows are drawn by chance", keep_all=0.25,
+            keep_some=0.5, keep_by="random"),
+)  # fmt: skip
+VARIANTS = {variant.name: variant for variant in _ALL}
+
+
+def variant_of(name: str) -> Variant:
+    """UserError unless there is one of this name."""
+    if name not in VARIANTS:
+        raise UserError(f"There is no lab variant {name!r}; there are {', '.join(VARIANTS)}.")
+    return VARIANTS[name]
+
+
+def sets_of(sampling: str) -> torch.Tensor:
+    """Which tokens of the high-resolution view, row by row, each set takes: `[4, 64]`, in the order of the rows that
+    they are added to."""
+    numbers = torch.arange(HIGH**2).view(HIGH, HIGH, 1)
+    return torch.stack([taken.flatten() for taken in sample(numbers, (TILES, TILES), SETS, sampling)])
+
+
+def first_layer(variant: Variant, layers: int) -> int:
+    """The layer before which the first stack is added, of `layers`; that number itself means after the last."""
+    return layers if variant.start == LAST else variant.start
+
+
+def layers_of(variant: Variant, layers: int) -> dict[int, int]:
+    """Layer -> set, of a decoder of `layers` layers, as the paper's loop has it: sets beyond the last layer are left
+    out. A single-injection variant has none."""
+    if variant.merge != "stack":
+        return {}
+    places = {first_layer(variant, layers) + variant.interval * k: k for k in range(variant.count)}
+    return {layer: k for layer, k in places.items() if layer < layers}
+
+
+def landing(variant: Variant, layers: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """In which image row of the decoder to look for each high-resolution token `[256]`, for what the global view shows
+    at each of their places `[256]`, and how many image rows there are.
+
+    Training points at these rows, so that no variant is told to look where its tokens are not. A token that does not
+    enter is looked for in the global view's row of its place.
+    """
+    numbers = torch.arange(HIGH**2)
+    below = numbers // HIGH // TILES * LOW + numbers % HIGH // TILES  # the global view's token over the same place
+    if variant.merge == "string":
+        return numbers, numbers, HIGH**2
+    if variant.merge == "global-string":
+        return LOW**2 + numbers, below, LOW**2 + HIGH**2
+    where = below.clone()
+    if variant.rows == "high":
+        sets = sets_of(variant.sampling)
+        for k in layers_of(variant, layers).values():
+            where[sets[k]] = torch.arange(LOW**2)
+    return where, below, LOW**2

@@ -1,0 +1,216 @@
+"""The lab's results: lines that are no runs, intervals by hand, signs beside the paper's, and the paper's numbers."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from analysis import lab
+from analysis.lab import Setting
+from model.errors import UserError
+from tests import lab as made
+from tests.lab import line
+
+
+def runs(tmp_path, *lines):
+    return lab.read(made.write(tmp_path / "results.jsonl", list(lines) or None))
+
+
+def summary(tmp_path, *lines, **how):
+    return lab.summary(runs(tmp_path, *lines), **how)
+
+
+def test_no_file_and_an_empty_one_are_no_runs(tmp_path):
+    assert lab.read(tmp_path / "none.jsonl") == []
+    assert lab.read(made.write(tmp_path / "empty.jsonl", [])) == []
+
+
+def test_a_run_is_read_back(tmp_path):
+    (run,) = runs(tmp_path, line("string", seed=2))
+    assert (run.variant, run.group, run.seed, run.steps, run.parameters) == (
+        "string",
+        "how it enters",
+        2,
+        2000,
+        1400000,
+    )
+    assert run.share("fine") == (pytest.approx(0.71), 600) and run.spent("context") == 162
+    assert run.spent("parameters") == 1_400_000 and run.spent("nothing") is None
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ('{"variant": "none", ', "it is no JSON"),
+        ("[1]", "it is no JSON object"),
+        ('{"variant": "none"}', "it has no group, seed, steps, device, accuracy"),
+        (json.dumps(line("none", seed=0) | {"seed": "0"}), "its seed is '0'"),
+        (json.dumps(line("none", 1.2)), "its exact_match for fine is 1.2, not a share"),
+        (json.dumps(line("none") | {"accuracy": {"fine": {"n": 5, "exact_match": math.nan}}}), "not a share"),
+        (json.dumps(line("none") | {"accuracy": {"fine": {"exact_match": 0.1}}}), "fine lacks n or exact_match"),
+        (json.dumps(line("none") | {"accuracy": {}}), "neither fine nor coarse"),
+        (json.dumps(line("none") | {"cost": {"context": "long"}}), "its cost context is 'long'"),
+    ],
+)
+def test_a_broken_line_is_named_by_file_and_number(tmp_path, broken, said):
+    path = made.write(tmp_path / "assets" / "lab" / "results.jsonl", [line("none")])
+    path.write_text(path.read_text() + "\n" + broken + "\n", encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        lab.read(path)
+    assert "assets/lab/results.jsonl, line 3, is no finished run" in str(error.value) and said in str(error.value)
+
+
+def test_runs_of_different_length_or_device_are_not_mixed(tmp_path):
+    lines = [line("none"), line("stack-2d"), line("none", steps=500), line("none", device="cuda:1", steps=500)]
+    lines.append(line("none", config={"size": "large"}))
+    found = lab.settings(runs(tmp_path, *lines))
+    names = ["2,000 steps on cpu", "500 steps on cpu", "500 steps on cuda", "large, 2,000 steps on cpu"]
+    assert [str(each) for each in found] == names
+    assert lab.run_command(["none"], [0], list(found)[-1]).endswith("--seeds 0 --size large --steps 2000")
+    with pytest.raises(UserError, match="not of 4; choose one first"):
+        summary(tmp_path, *lines)
+
+
+def test_of_two_lines_for_one_seed_the_later_counts(tmp_path):
+    found = summary(tmp_path, line("none", 0.1), line("none", 0.3))
+    assert [row.shares for row in found.rows] == [[0.3]]
+
+
+# ---- intervals, against tables and by hand
+
+
+@pytest.mark.parametrize(("df", "t"), [(1, 12.706), (2, 4.303), (4, 2.776), (30, 2.042)])
+def test_students_quantiles_are_the_textbooks(df, t):
+    assert lab.t_quantile(df) == pytest.approx(t, abs=1e-3)
+    assert lab.t_quantile(0) == math.inf
+
+
+def test_one_seed_has_the_interval_of_its_questions():
+    mean = lab.mean_interval([0.5], 100)
+    assert (mean.low, mean.high) == (pytest.approx(0.404, abs=1e-3), pytest.approx(0.596, abs=1e-3))  # Wilson
+    gap = lab.difference_interval([56 / 70], [48 / 80], 75)
+    assert gap.value == pytest.approx(0.2)
+    # Newcombe (1998), method 10, of 60/75 and 45/75: limits of the two Wilson intervals, combined
+    low = 0.2 - math.hypot(0.8 - 0.6958, 0.7036 - 0.6)
+    assert gap.low == pytest.approx(low, abs=2e-3) and gap.low > 0
+
+
+def test_seeds_that_scatter_widen_the_interval_and_equal_ones_do_not_make_it_vanish():
+    calm, wild = lab.mean_interval([0.5, 0.5, 0.5], 100), lab.mean_interval([0.3, 0.5, 0.7], 100)
+    assert calm == lab.mean_interval([0.5], 100)
+    assert wild.high - wild.value == pytest.approx(4.303 * 0.2 / math.sqrt(3), abs=1e-3)
+    gap = lab.difference_interval([0.3, 0.5, 0.7], [0.2, 0.4, 0.6], 100_000)
+    assert gap.high - gap.value == pytest.approx(2.776 * math.sqrt(2 * 0.04 / 3), abs=1e-3)  # Welch, df 4
+
+
+# ---- summary and verdicts
+
+
+def test_mean_and_spread_over_seeds(tmp_path):
+    found = summary(tmp_path)
+    row = found.row("dummy")
+    assert row.mean.value == pytest.approx(0.11) and row.deviation == pytest.approx(0.01) and row.seeds == (0, 1, 2)
+    assert found.row("gate").deviation is None and found.difference(found.reference) is None
+    assert found.difference(row).value == pytest.approx(-0.49)
+    assert [found.rows[0].variant, found.rows[-1].variant] == ["stack-2d", "gate"]
+
+
+def test_signs_beside_the_papers(tmp_path):
+    found = summary(tmp_path)
+    kinds = {row.variant: found.judge(row).kind for row in found.rows}
+    assert kinds == {
+        **{"stack-2d": "reference", "none": "agrees", "dummy": "agrees", "concat": "cannot decide"},
+        **{"string": "cannot decide", "stack-grid": "disagrees", "start-0": "not in the paper"},
+        **{"start-last": "not in the paper", "layers-2": "agrees", "interval-2": "agrees"},
+        **{"global-deeper": "not in the paper", "global-deeper-6": "agrees", "gate": "not in the paper"},
+    }
+    assert "holds zero" in found.judge(found.row("concat")).why
+    assert "below 1" in found.judge(found.row("string")).why  # 50.7 against 51.1 on average …
+    documents = summary(tmp_path, bench="DocVQA")
+    assert documents.judge(documents.row("string")).kind == "agrees"  # … but 43.5 against 38.7 on documents
+    read = summary(tmp_path, bench="TextVQA")
+    assert read.judge(read.row("string")).kind == "disagrees"
+
+
+def test_one_seed_can_decide_by_its_questions_and_few_questions_cannot(tmp_path):
+    few = {"accuracy": {"fine": {"n": 5, "exact_match": 0.2}}}
+    found = summary(tmp_path, line("stack-2d"), line("none"), line("dummy", **few))
+    assert found.judge(found.row("none")).kind == "agrees"
+    assert found.judge(found.row("dummy")).kind == "cannot decide"
+
+
+def test_without_the_variant_it_is_compared_with_nothing_is_judged(tmp_path):
+    found = summary(tmp_path, line("interval-2"), line("stack-2d"))
+    assert "none, with which the paper compares it, has not been run" in found.judge(found.row("interval-2")).why
+    alone = summary(tmp_path, line("dummy"))
+    assert alone.reference is None and alone.difference(alone.rows[0]) is None
+    assert alone.judge(alone.rows[0]).kind == "cannot decide"
+
+
+def test_axes_of_figure_3(tmp_path):
+    found = summary(tmp_path)
+    along = {axis: [(value, row.variant) for value, row in found.along(axis)] for axis in lab.FIGURE_3}
+    assert along == {
+        "start": [(0, "start-0"), (1, "stack-2d"), (5, "start-last")],
+        "interval": [(1, "stack-2d"), (2, "interval-2")],
+        "layers": [(0, "none"), (2, "layers-2"), (4, "stack-2d")],
+        "global": [(0, "none"), (4, "global-deeper"), (6, "global-deeper-6")],
+        "tower": [],
+    }
+    nested = {"config": {"deepstack": {"start": 3}}}
+    assert summary(tmp_path, line("stack-2d", **nested)).along("start")[0][0] == 3
+    assert summary(tmp_path, line("stack-2d", config={})).along("start") == []
+
+
+def test_acuity_adds_the_questions_of_all_seeds(tmp_path):
+    curve = summary(tmp_path).row("none").acuity
+    assert list(curve.glyph_px) == [7, 8, 10] and list(curve.n) == [300, 300, 300]
+    assert curve.exact == pytest.approx(np.array([0.05, 0.1, 0.2]))
+    assert list(lab.curves(summary(tmp_path), ["none", "nobody"])) == ["none"]
+
+
+def test_other_scores_and_unknown_ones(tmp_path):
+    assert summary(tmp_path, metric="coarse").row("none").mean.value == pytest.approx(0.9)
+    without = {"accuracy": {"coarse": {"n": 9, "exact_match": 1.0}}}
+    assert [row.variant for row in summary(tmp_path, line("none", **without), line("dummy")).rows] == ["dummy"]
+    with pytest.raises(UserError, match="no metric “beauty” beside “AVG”; choose of fine"):
+        summary(tmp_path, metric="beauty")
+
+
+def test_every_number_comes_with_the_command_that_makes_it_again(tmp_path):
+    found = summary(tmp_path)
+    assert found.row("none").command == "python -m app lab run none --seeds 0,1,2 --steps 2000 --again"
+    seeds = [each.split(" --seeds ")[1] for each in lab.commands(found.rows)]
+    assert seeds == ["0,1,2 --steps 2000 --again", "0 --steps 2000 --again"]
+    assert (
+        lab.run_command(["a"], [3], Setting(10, "cuda")) == "python -m app lab run a --seeds 3 --steps 10 --device cuda"
+    )
+
+
+def test_the_table_has_all_settings_and_both_scales(tmp_path):
+    found = lab.table(runs(tmp_path, line("stack-2d"), line("none"), line("none", steps=9))).records()
+    assert [(row["steps"], row["variant"]) for row in found] == [(2000, "stack-2d"), (2000, "none"), (9, "none")]
+    assert (found[1]["paper_score"], found[1]["paper_difference"], found[1]["verdict"]) == (49.1, -2.0, "agrees")
+    assert found[1]["difference"] == pytest.approx(-0.5) and found[2]["difference"] is None
+    assert found[0]["context"] == 66 and found[0]["hours"] == 0.17
+
+
+# ---- the paper's numbers
+
+
+def test_the_papers_averages_are_those_of_its_columns():
+    """Tables 4 to 7: each printed average is that of the seven benchmarks."""
+    printed = [*(paper.scores for paper in lab.PAPER.values() if paper.scores), *lab.TABLE_4.values()]
+    for scores in [*printed, lab.TABLE_4_TUNED]:
+        assert set(scores) == set(lab.BENCHES)
+        assert np.mean([scores[name] for name in lab.BENCHES[1:]]) == pytest.approx(scores["AVG"], abs=0.11)
+
+
+def test_every_row_of_the_paper_has_its_table_and_every_group_its_limits():
+    for paper in lab.PAPER.values():
+        assert any(word in paper.source for word in ("table", "figure 3", "ablations"))
+        assert not (paper.scores and paper.sign)
+    assert set(lab.CANNOT_SAY) == set(lab.GROUPS)
+    assert lab.PAPER["string"].difference("DocVQA") == 4.8 and lab.PAPER["global-deeper-6"].difference("AVG") is None
+    assert lab.what("start-4") == "stacks before layers 4 to 7" and lab.what("new") == ""

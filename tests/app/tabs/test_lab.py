@@ -1,0 +1,114 @@
+"""The Lab tab's handlers: empty, broken and full results files, choices, files to take away, what ships."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import pytest
+
+from analysis import lab as reading
+from app.session import Focus
+from app.tabs import lab
+from model.errors import UserError
+from tests import lab as made
+from tests.app.given import HIRES, skipped
+from tests.lab import line
+
+CHOICES = ("", "fine", "AVG", "context", None)  # setting, metric, bench, cost, curves
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """Where the tab reads; nothing is there yet."""
+    path = tmp_path / "assets" / "lab" / "results.jsonl"
+    monkeypatch.setattr(reading, "RESULTS", path)
+    return path
+
+
+def test_without_results_the_commands_stand_there(desk, results):
+    head, body, *rest = lab.results(desk, False, *CHOICES)
+    assert "No results yet" in head and "app lab run stack-2d none dummy" in head.replace("&#45;", "-")
+    assert body.visible is False and rest[2] == "" and rest[3:] == [None] * 4
+    made.write(results, [])
+    assert lab.results(desk, False, *CHOICES)[0] == head
+    with pytest.raises(UserError, match="no results yet; run python -m app lab run stack-2d"):
+        lab.take(desk, "variants", "png", *CHOICES)
+
+
+def test_a_broken_line_is_said_on_the_page(desk, results):
+    made.write(results, [line("none")])
+    results.write_text(results.read_text() + "<img src=x>\n")
+    head, body, setting, *_ = lab.results(desk, False, *CHOICES)
+    assert 'role="alert"' in head and "line 2" in head and "<img" not in head
+    assert body.visible is False and skipped(setting)
+
+
+def test_all_views_of_a_full_file(desk, results):
+    made.write(results)
+    head, body, setting, curves, table, *plots = lab.results(desk, True, *CHOICES)
+    assert body.visible and setting.value == "2,000 steps on cpu" and len(plots) == 4 and all(p.data for p in plots)
+    assert "<b>5</b> agree with the paper in sign, <b>1</b> disagree, <b>2</b> cannot decide" in head
+    assert curves.value == ["stack-2d", "none", "dummy", "string", "concat"]
+    for variant in made.MADE_UP:
+        seeds = "0" if variant == "gate" else "0,1,2"
+        assert lab.code(f"python -m app lab run {variant} --seeds {seeds} --steps 2000 --again") in table
+    assert "49.1 (-2.0)" in table and "10.0 ± 1.0" in table and reading.CANNOT_SAY["sampling"][:20] in table
+    assert "global-string" in head.replace("&#45;", "-")  # of the paper, without a run of ours
+
+
+def test_choices_change_what_is_shown(desk, results):
+    made.write(results, [*(line(name) for name in made.MADE_UP), line("none", steps=9), line("stack-2d", steps=9)])
+    wide = lab.results(desk, False, "9 steps on cpu", "coarse", "DocVQA", "step_seconds", ["none", "gone"])
+    assert wide[2].value == "9 steps on cpu" and wide[3].value == ["none"]
+    assert "31.7 (-7.0)" in wide[4] and "90.0" in wide[4] and "time of a training step" in wide[8].to_json()
+    assert wide[6] is not None and len(wide[7].data) == 1
+    for wrong in (("7 steps", *CHOICES[1:]), ("", "beauty", "AVG", "context", None), ("", "fine", "AVG", "luck", None)):
+        with pytest.raises(UserError, match="no runs of|no metric|no cost"):
+            lab.results(desk, False, *wrong)
+
+
+def test_without_the_reference_nothing_is_compared(desk, results):
+    made.write(results, [line("none")])
+    head, *_, table, variants, axes, _, _ = lab.results(desk, False, *CHOICES)
+    assert "has not been run at this setting" in head and "lab run stack-2d --seeds 0 --steps 2000" in head.replace(
+        "&#45;", "-"
+    )
+    assert variants.data and axes is None
+
+
+def test_names_from_the_file_are_escaped(desk, results):
+    made.write(results, [line("stack-2d"), line("<script>", 0.5, group="<i>")])
+    out = lab.results(desk, False, *CHOICES)
+    assert "<script>" not in out[4] and "<i>" not in out[4] and "<script>" not in out[5].to_json()
+
+
+def test_a_variant_is_offered_where_its_checkpoint_ships(desk, results, monkeypatch):
+    made.write(results, [line("stack-2d"), line("none")])
+    assert "data-go" not in lab.results(desk, False, *CHOICES)[4]
+    monkeypatch.setattr(desk.zoo, "offered", (*desk.zoo.offered, "embedded/lab-none"))
+    table = lab.results(desk, False, *CHOICES)[4]
+    assert table.count("data-go=") == 2 and table.count("No checkpoint of it ships") == 1
+    assert lab.shipped(desk, "none") == "embedded/lab-none" and lab.shipped(desk, "stack-2d") == ""
+
+
+def test_files_to_take_away(desk, results):
+    made.write(results)
+    for what in lab.FIGURES:
+        with open(lab.take(desk, what, "svg", *CHOICES), encoding="utf-8") as file:
+            assert "<svg" in file.read()
+    with open(lab.take(desk, "variants", "csv", *CHOICES), encoding="utf-8") as file:
+        rows = list(csv.DictReader(io.StringIO(file.read())))
+    assert len(rows) == len(made.MADE_UP) and rows[1]["paper_score"] == "49.1"
+    for wrong in (("soul", "png"), ("cost", "exe")):
+        with pytest.raises(UserError, match="There is no “"):
+            lab.take(desk, *wrong, *CHOICES)
+
+
+def test_numbers_with_prefixes():
+    assert [lab.si(value) for value in (1.5e9, 2e6, 3210, 7)] == ["1.5 G", "2 M", "3.21 k", "7 "]
+
+
+def test_the_picture_follows_the_image_in_focus(desk, focus):
+    assert lab.deal(desk, HIRES, Focus()) is None
+    assert lab.deal(desk, HIRES, focus)["name"] == "receipt.png"

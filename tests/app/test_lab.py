@@ -1,0 +1,87 @@
+"""The command `lab`: what it lists and refuses, and runs through Ray that die and go on.
+
+Run: pytest tests/app/test_lab.py
+"""
+
+import json
+
+import pytest
+
+from app.cli import main
+from model.lab import results
+from model.lab import run as lab
+from model.lab.variants import VARIANTS
+from tests import lab as made_up
+from tests.model.lab.lab_sizes import TINY
+
+
+@pytest.fixture
+def said(capsys):
+    """Runs a command line: (exit status, stdout, stderr)."""
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(["lab", *argv])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_list_names_every_variant_with_its_runs(said, tmp_path):
+    file = tmp_path / "results.jsonl"
+    results.write({"variant": "dummy", "seed": 3}, file)
+    code, out, _ = said("list", "--results", str(file), "--json")
+    found = {entry["variant"]: entry for entry in json.loads(out)["variants"]}
+    assert code == 0 and set(found) == set(VARIANTS)
+    assert found["dummy"]["runs"] == 1 and found["string"]["runs"] == 0
+    assert all(found[name]["config"] == variant.config() for name, variant in VARIANTS.items())
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["run"], "needs names of variants"),
+        (["run", "stacks"], "no lab variant 'stacks'"),
+        (["run", "none", "--seeds", "0,x"], "--seeds is 0,x"),
+        (["run", "none", "--seeds", "-1"], "--seeds is -1"),
+        (["run", "none", "--steps", "0"], "--steps is 0"),
+        (["run", "none", "--size", "huge"], "no lab size 'huge'"),
+        (["list", "none"], "lab list takes no names, not none"),
+    ],
+)
+def test_mistakes_are_one_line(said, tmp_path, argv, words):
+    code, out, err = said(*argv, "--results", str(tmp_path / "results.jsonl"))
+    assert code == 2 and out == "" and err.count("\n") == 1 and words in err
+
+
+def test_a_run_goes_through_ray_and_is_written_once(said, tmp_path, monkeypatch):
+    monkeypatch.setitem(lab.SIZES, "tiny", TINY)
+    file = tmp_path / "results.jsonl"
+    argv = ["run", "none", "--size", "tiny", "--device", "cpu", "--results", str(file)]
+    argv += ["--workdir", str(tmp_path / "work"), "--json"]
+    code, out, err = said(*argv)
+    assert code == 0, err
+    assert json.loads(out)["new"] == 1
+    (line,) = file.read_text().splitlines()
+    assert json.loads(line)["variant"] == "none" and [json.loads(line)] == json.loads(out)["runs"]
+    code, out, err = said(*argv)
+    assert code == 0 and json.loads(out)["new"] == 0 and [json.loads(line)] == json.loads(out)["runs"]
+    assert f"none 0 is in {file} already" in err
+    assert file.read_text().splitlines() == [line]
+
+
+def test_the_table_stands_beside_the_papers_and_can_be_taken_away(said, tmp_path):
+    file = made_up.write(tmp_path / "results.jsonl")
+    code, out, _ = said("table", "--results", str(file), "--out", str(tmp_path / "taken"))
+    assert code == 0 and out.startswith("2,000 steps on cpu: fine detail, exact match")
+    lines = {line.split()[0]: line.split() for line in out.splitlines() if line}
+    assert lines["dummy"][:4] == ["dummy", "3", "11.0", "±"] and "agrees" in lines["dummy"] and "49.1" in lines["dummy"]
+    names = {path.name for path in (tmp_path / "taken").rglob("*.*")}
+    assert {"lab-variants.csv", "lab-acuity.csv", "lab-axes.svg", "lab-cost.png"} <= names and len(names) == 10
+    code, out, _ = said("table", "--results", str(file), "--metric", "coarse", "--json")
+    (row,) = [row for row in json.loads(out) if row["variant"] == "string"]
+    assert code == 0 and row["mean"] == pytest.approx(0.9) and row["context"] == 162
+    code, out, err = said("table", "--results", str(tmp_path / "none.jsonl"))
+    assert code == 2 and "There are no results" in err and "lab run stack-2d" in err
+    code, out, err = said("table", "--results", str(file), "--metric", "beauty")
+    assert code == 2 and "choose of fine" in err

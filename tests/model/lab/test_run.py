@@ -1,0 +1,145 @@
+"""Runs of the lab: every variant trains, a killed run ends as an unbroken one, records are written once.
+
+Run: pytest tests/model/lab/test_run.py
+"""
+
+import json
+import math
+
+import pytest
+import torch
+
+from model.errors import UserError
+from model.lab import cost, results, scenes
+from model.lab import run as lab
+from model.lab.variants import VARIANTS
+from model.training import twins
+from tests.model.lab.lab_sizes import TINY, job, weights
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A work folder with the data of the tiny lab, and every measurement taken once."""
+    folder = tmp_path_factory.mktemp("lab")
+    scenes.prepare(folder, TINY.scenes, TINY.validation, TINY.test, device="cpu")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(cost, "PREFILLS", 1)
+    monkeypatch.setattr(cost, "STEPS", 1)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_trains_two_steps_and_says_what_it_is(workdir, name):
+    made = job(name)
+    record = json.loads(json.dumps(lab.run(made, workdir, "cpu")))
+    assert results.key_of(record) == made.key()
+    assert record["group"] == VARIANTS[name].group and record["steps"] == 2 and record["device"] == "cpu"
+    accuracy = record["accuracy"]
+    assert set(accuracy["fine"]) == {"n", "exact_match", "characters", "first_character"}
+    assert accuracy["fine"]["n"] == sum(share["n"] for share in accuracy["by_glyph_px"].values()) > 0
+    assert accuracy["coarse"]["n"] > 0
+    assert record["cost"]["context"] == {"string": 258, "global-string": 322}.get(name, 66)
+    assert all(math.isfinite(value) and value > 0 for value in record["cost"].values())
+    assert "gates" not in record or len(record["gates"]) == 4
+
+
+def test_what_a_variant_learns_changes_in_training(workdir):
+    """Each learned part beyond the reference's gets gradients: gates leave 1, embeddings leave 0."""
+    for name, part, start in (
+        ("gate", "gates", 1.0),
+        ("gate-channel", "gates", 1.0),
+        ("layer-positions", "positions", 0.0),
+    ):
+        lab.run(job(name), workdir, "cpu")
+        assert (weights(job(name), workdir)["twin"][part] != start).any(), name
+
+
+class Killed(Exception):
+    pass
+
+
+def killer(at: int):
+    """Progress that ends the run before step `at` is saved."""
+
+    def progress(share: float, words: str):
+        if f"step {at} of" in words:
+            raise Killed
+
+    return progress
+
+
+@pytest.mark.parametrize("at", [3, 9])  # among the steps without questions, and after them
+def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path, workdir, monkeypatch, at):
+    monkeypatch.setattr(twins, "SAVE_EVERY", 2)
+    made = job("gate", steps=10)
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab" / f"data-{scenes.tower_mark()}").symlink_to(workdir / "lab" / f"data-{scenes.tower_mark()}")
+    monkeypatch.setattr(twins, "LOOK_SHARE", 0.5)
+    monkeypatch.setattr(twins, "LOOK_BATCH", 3)
+    with pytest.raises(Killed):
+        lab.run(made, tmp_path, "cpu", progress=killer(at))
+    assert weights(made, tmp_path)["step"] == at - 1
+    lab.run(made, tmp_path, "cpu")
+    broken = weights(made, tmp_path)
+    lab.forget(made, tmp_path)
+    lab.run(made, tmp_path, "cpu")
+    unbroken = weights(made, tmp_path)
+    assert broken["step"] == unbroken["step"] == 10
+    assert all(torch.equal(broken["twin"][name], value) for name, value in unbroken["twin"].items())
+
+
+def test_variants_see_the_same_scenes_and_questions_in_the_same_order(workdir, monkeypatch):
+    """What is asked at each step does not depend on the variant; how many image rows there are may."""
+    asked = {}
+    real = twins.Questions.rows
+
+    def rows(self, chosen, rng, *rest):
+        found = real(self, chosen, rng, *rest)
+        asked.setdefault(name, []).append(found.ids)
+        return found
+
+    monkeypatch.setattr(twins.Questions, "rows", rows)
+    for name in ("stack-2d", "string", "none", "concat"):
+        lab.forget(job(name), workdir)
+        lab.run(job(name), workdir, "cpu")
+    first = asked.pop("stack-2d")
+    assert len(first) >= 2
+    for name, others in asked.items():
+        assert len(others) == len(first) and all(map(torch.equal, others, first)), name
+
+
+def test_records_are_written_once(tmp_path):
+    file = tmp_path / "lab" / "results.jsonl"
+    assert list(results.lines(file)) == []
+    one = {"variant": "none", "seed": 0, "steps": 2, "config": {"a": 1}, "hours": 1}
+    other = one | {"seed": 1}
+    for record in (one, other, one | {"hours": 2}):
+        results.write(record, file)
+    assert [r for _, r in results.lines(file)] == [other, one | {"hours": 2}]
+    assert [path.name for path in file.parent.iterdir()] == ["results.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "line, words", [("{", "line 2, is no finished run: it is no JSON. "), ("[]", "line 2, .* it is no JSON object")]
+)
+def test_a_damaged_file_of_results_is_refused(tmp_path, line, words):
+    file = tmp_path / "results.jsonl"
+    file.write_text(f"{{}}\n{line}\n")
+    with pytest.raises(UserError, match=words):
+        list(results.lines(file))
+
+
+def test_a_run_is_another_where_anything_that_defines_it_differs():
+    keys = {job("none").key(), job("dummy").key(), job("none", steps=3).key()}
+    keys |= {lab.Job(VARIANTS["none"], TINY, 1, 2).key(), lab.Job(VARIANTS["none"], lab.SIZES["small"], 0, 2).key()}
+    assert len(keys) == 5
+
+
+def test_unknown_names_are_refused_with_what_there_is():
+    with pytest.raises(UserError, match="no lab variant 'stacks'; there are stack-2d, none"):
+        lab.jobs(["stacks"], [0], TINY)
+    with pytest.raises(UserError, match="no lab size 'huge'; there are small, large"):
+        lab.size_of("huge")
