@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import safe_open
 from transformers import LlavaForConditionalGeneration
 
 from model.lab.variants import HIGH, LOW, Variant, landing
@@ -84,8 +85,12 @@ def fitted(low: np.ndarray) -> np.ndarray:
 
 @cache
 def tower_mark(folder: Path = TOWER) -> str:
-    """Eight digits that change with the tower's weights."""
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:8]
+    """Eight digits that change with the tower's weights, whatever language model lies beside them."""
+    found = hashlib.sha256()
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        for name in sorted(name for name in weights.keys() if "vision_tower" in name):
+            found.update(weights.get_tensor(name).numpy().tobytes())
+    return found.hexdigest()[:8]
 
 
 def load_tower(folder: Path = TOWER) -> tower.Reader:
