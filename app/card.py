@@ -26,8 +26,10 @@ STATEMENTS = {
 }
 LIMITS = (
     "It reads printed capitals and digits on scenes like its own, 192 x 192 px seen at most: no photographs, no lower "
-    "case, no long texts. Text that a tile border cuts is read worse. All figures are from one training run."
+    "case, no long texts.{} All figures are from one training run."
 )
+TILED = {"hires", "hires-concat"}  # whose high-resolution view is cut into tiles
+CUT = " Text that a tile border cuts is read worse."
 
 
 def test_scenes(folder: Path, fonts: str, n: int | None = None, progress=None) -> tuple[Path, list[dict]]:
@@ -108,7 +110,7 @@ def _text(folder: Path, engine: Engine, results: Sequence[dict]) -> str:
     seen = _legibility(json.loads(legible.read_text(encoding="utf-8"))) if legible.exists() else ""
     facts = "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in recipe.items())
     return (
-        f"# {name}\n\n{STATEMENTS[name]} {LIMITS}\n\n"
+        f"# {name}\n\n{STATEMENTS[name]} {LIMITS.format(CUT if name in TILED else '')}\n\n"
         "Greedy answers on scenes of other seeds; *held-out* fonts were never trained on. *Ablated* is the trained "
         "model with its stacks switched off: it shows what this model relies on, it is not a baseline. "
         "*Chance* is the best answer that ignores the picture.\n\n" + "\n".join(rows) + "\n\n"

@@ -288,7 +288,7 @@ def _rail() -> tuple[StackPicture, gr.Textbox, gr.HTML, gr.UploadButton]:
         placeholder="base@0,0@1,1@2*0.5 or none", info="stack@layer*gain, joined by commas; Enter applies it",
     )  # fmt: skip
     note = gr.HTML(sees(None), apply_default_css=False, elem_id="dl-note")
-    upload = gr.UploadButton("Upload an image", file_types=["image"], size="sm", elem_id="dl-upload")
+    upload = gr.UploadButton("Upload an image", file_types=["image", "video"], size="sm", elem_id="dl-upload")
     return picture, plan, note, upload
 
 

@@ -82,8 +82,8 @@ def sees(held: Held | None) -> str:
 
 
 def views_value(engine: Engine, held: Held | None) -> dict | None:
-    """The pictures that the model sees of an image, with their token grids; None without an image."""
-    if held is None:
+    """The pictures that the model sees of an image, with their token grids; None without an image that it can read."""
+    if held is None or not engine.reads(held.image):
         return None
     return {"model": engine.name, "name": held.name, "views": [_view(view) for view in engine.views(held.image)]}
 

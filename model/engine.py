@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache
 
+from model.clip import clip_of
 from model.decode import Choice, TextStream, choose, describe, generators
 from model.errors import OutOfMemory, UserError, is_out_of_memory
 from model.families import Family
@@ -170,6 +171,7 @@ class Engine:
     def prompt(self, messages: Sequence[Message]) -> Prompt:
         """Tokenises a conversation that ends with a question. UserError if nothing is asked or it is too long."""
         clean, images = guarded_messages(messages, self._special, self.adapter.fold_case)
+        self._check_kinds(images)
         alone = len(images) == 1 or not self.adapter.mixes_images
         regions = [self.adapter.regions(image, alone) for image in images]
         texts = [self.adapter.image_text(image, alone) for image in images]
@@ -197,8 +199,23 @@ class Engine:
         return Prompt(input_ids, tuple(images), tuple(placed), extra, tuple(pieces))
 
     def views(self, image: Image.Image) -> tuple[View, ...]:
-        """What the model sees of this image, with its token grid."""
+        """What the model sees of this image, with its token grid; UserError for a video that it cannot read."""
+        self._check_kinds([image])
         return self.adapter.views(image)
+
+    def reads(self, image: Image.Image) -> bool:
+        """Whether this model can be asked about it: any picture, and a video where its family reads videos."""
+        return self.adapter.takes_video or clip_of(image) is None
+
+    def _check_kinds(self, images: Sequence[Image.Image]) -> None:
+        if not all(map(self.reads, images)):
+            from model.families import families
+
+            able = ", ".join(family.title for family in families() if family.takes_video)
+            raise UserError(
+                f"{self.name} reads pictures, not videos. Choose a model that reads videos ({able}), or save a frame "
+                "as PNG and ask about that."
+            )
 
     def see(self, prompt: Prompt, plan: Plan | None = None) -> Sight:
         """The vision tower, once per image and what enters the tower itself: each image alone, cached by content.
@@ -834,7 +851,7 @@ def _stack(rows: list[Tensor], shape: tuple[int, int]) -> np.ndarray:
 
 
 def _content_key(image: Image.Image) -> str:
-    """Equal for equal pixels."""
-    digest = hashlib.blake2b(f"{image.mode} {image.size} ".encode(), digest_size=16)
+    """Equal for equal pixels, and of a video equal times."""
+    digest = hashlib.blake2b(f"{image.mode} {image.size} {clip_of(image) or ''}".encode(), digest_size=16)
     digest.update(image.tobytes())
     return digest.hexdigest()

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .clip import sampled, sheet
 from .errors import UserError
 
 # Raster formats whose decoders live inside Pillow (MPO is read as JPEG). No EPS: Pillow would start Ghostscript on it.
@@ -23,6 +24,7 @@ FORMATS_IN_WORDS = "PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF"
 SMALLEST_SIDE = 16  # pixels; a shorter picture is enlarged by a whole factor, each pixel becoming a square
 SIXTEEN_BITS = "16 bits a channel reduced to 8"
 MEGA = 1_000_000
+FRAME_PIXELS = 768 * 32 * 32  # of one frame of a video: what Qwen3-VL's own code gives a frame at most
 
 
 def _setting(default: int, help: str, unit: str):
@@ -38,6 +40,8 @@ class Limits:
     max_aspect: int = _setting(100, "longer side of an image divided by its shorter side", "times")
     max_bytes: int = _setting(32 * 2**20, "size of one image file", "bytes")
     max_images: int = _setting(8, "images in one conversation", "images")
+    max_frames: int = _setting(32, "frames looked at of one video", "frames")
+    max_seconds: int = _setting(300, "length of one video", "seconds")
     max_text_chars: int = _setting(20_000, "characters of one question", "characters")
     max_prompt_tokens: int = _setting(20_000, "tokens of one prompt, visual ones included", "tokens")
     max_answer_tokens: int = _setting(1_024, "tokens of one answer", "tokens")
@@ -66,7 +70,8 @@ def read_image(source, limits: Limits = DEFAULT_LIMITS) -> tuple[Image.Image, tu
     """(picture as PIL RGB, 8 bit; notes on what was changed, one short phrase each, empty for a plain picture).
 
     source: a path, the bytes of a file, a PIL image, or an array [H, W] or [H, W, 1|3|4] of uint8, uint16, bool or
-    floats in 0..1. UserError for anything that is not a picture or is over the limits.
+    floats in 0..1. A file that is a video becomes a sheet of its frames (model/clip.py). UserError for anything that is
+    neither or is over the limits.
     """
     if isinstance(source, np.ndarray):
         _check_size(source.shape[1::-1] if source.ndim in (2, 3) else (0, 0), "The array", limits)
@@ -74,13 +79,17 @@ def read_image(source, limits: Limits = DEFAULT_LIMITS) -> tuple[Image.Image, tu
     elif isinstance(source, Image.Image):
         image, name = source, "The image"
     elif isinstance(source, bytes | bytearray | memoryview):
-        image, name = _from_bytes(bytes(source), "The file", limits), "The file"
+        data, name = bytes(source), "The file"
+        image = None if is_video(data) else _from_bytes(data, name, limits)
     elif isinstance(source, str | Path):
         path = Path(source)
-        image, name = _from_bytes(_read_file(path, limits), path.name, limits), path.name
+        data, name = _read_file(path, limits), path.name
+        image = None if is_video(data) else _from_bytes(data, name, limits)
     else:
         raise UserError(f"An image must be a file, bytes, a PIL image or an array, not {type(source).__name__}.")
 
+    if image is None:
+        return _from_video(data, name, limits)
     _check_size(image.size, name, limits)
     notes: list[str] = []
     try:
@@ -175,8 +184,6 @@ def _guess(data: bytes) -> str:
         return "an HEIC photo, which this app cannot open; save it as JPEG"
     if b"<svg" in head.lower():
         return "an SVG drawing, not a picture of pixels; save it as PNG"
-    if data[4:12] in VIDEOS or data[8:12] == b"AVI " or data.startswith(b"\x1a\x45\xdf\xa3"):  # MP4, AVI, WebM
-        return "a video, and only still pictures can be asked about here; save one of its frames as PNG"
     if head.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6")):
         return "a PostScript file, not a picture; save it as PNG"
     if (
@@ -200,6 +207,64 @@ def _from_array(array: np.ndarray) -> Image.Image:
     elif array.dtype != np.uint8:
         raise UserError(f"An image array must be uint8, uint16, bool or floats in 0..1; this one is {array.dtype}.")
     return Image.fromarray(np.ascontiguousarray(array, dtype=np.uint8))
+
+
+def is_video(data: bytes) -> bool:
+    """Whether a file begins as videos do: MP4 and its kin, AVI, WebM and Matroska."""
+    return data[4:12] in VIDEOS or data[8:12] == b"AVI " or data.startswith(b"\x1a\x45\xdf\xa3")
+
+
+def _from_video(data: bytes, name: str, limits: Limits) -> tuple[Image.Image, tuple[str, ...]]:
+    """(sheet of sampled frames, notes); UserError for a video that cannot be decoded or is over the limits."""
+    import av  # takes a while, and few hand in videos
+
+    if len(data) > limits.max_bytes:
+        raise _too_big(name, len(data), limits)
+    frames: list[Image.Image] = []
+    try:
+        with av.open(io.BytesIO(data)) as container:
+            if not container.streams.video:
+                raise UserError(f"{name} has sound and no picture. Choose an image or a video.")
+            stream = container.streams.video[0]
+            _check_size((stream.width, stream.height), name, limits)
+            total = sum(1 for packet in container.demux(stream) if packet.size)
+            fps = float(stream.average_rate or stream.guessed_rate or 24)
+            if total / fps > limits.max_seconds:
+                raise UserError(
+                    f"{name} lasts {total / fps:.0f} seconds; at most {limits.max_seconds} are taken (max_seconds). "
+                    "Cut it."
+                )
+            wanted = sampled(total, fps, limits.max_frames).tolist()
+            container.seek(0)
+            stream.thread_type = "AUTO"
+            for number, frame in enumerate(container.decode(stream)):
+                if number == wanted[len(frames)]:
+                    frames.append(_turned(frame))
+                    if len(frames) == len(wanted):
+                        break
+    except UserError:
+        raise
+    except Exception as error:  # as in read_image: broken bytes can raise anything
+        raise UserError(
+            f"{name} cannot be decoded: it is cut off or damaged ({_one_line(error)}). Save it again and retry."
+        ) from error
+    if not frames:
+        raise UserError(f"{name} is a video without a single frame. Choose another.")
+    notes = [f"{len(frames)} frames of a video of {total / fps:.1f} s"]
+    size = frames[0].size
+    if size[0] * size[1] > FRAME_PIXELS:
+        scale = math.sqrt(FRAME_PIXELS / (size[0] * size[1]))
+        size = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
+        notes.append(f"frames reduced to {size[0]} × {size[1]} pixels")
+    frames = [frame if frame.size == size else frame.resize(size, Image.Resampling.BICUBIC) for frame in frames]
+    made = sheet(frames, [number / fps for number in wanted[: len(frames)]])
+    return made, tuple(notes)
+
+
+def _turned(frame) -> Image.Image:
+    """A decoded frame as RGB, upright as its stream says."""
+    image = frame.to_image().convert("RGB")
+    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
 
 
 # ---- limits

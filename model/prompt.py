@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from PIL import Image
 
+from model.clip import clip_of
 from model.errors import UserError
 from model.types import ImageGrid, Message
 
@@ -73,6 +74,7 @@ def guarded_messages(
 ) -> tuple[list[Message], list[Image.Image]]:
     """Messages in transformers' chat format with all text guarded, and their images (RGB) in order.
 
+    Sheets of videos are among the images, and called videos in the messages.
     A `content` that is a string becomes one text part. UserError when nothing is asked, or a part is of unknown type.
     """
     special = tuple(special)
@@ -90,8 +92,8 @@ def guarded_messages(
             if part.get("type") == "text":
                 clean.append({"type": "text", "text": next(texts)})
             elif part.get("type") == "image" and isinstance(part.get("image"), Image.Image):
-                clean.append({"type": "image"})
                 image = part["image"]
+                clean.append({"type": "image" if clip_of(image) is None else "video"})
                 images.append(image if image.mode == "RGB" else image.convert("RGB"))
             else:
                 raise UserError(f"A message part is a text or an image, not {part.get('type')!r}.")

@@ -66,6 +66,8 @@ QWEN_TEMPLATE = """{%- if messages[0].role == 'system' %}
             {%- for content in message.content %}
                 {%- if content.type == 'image' or 'image' in content or 'image_url' in content %}
                     {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+                {%- elif content.type == 'video' %}
+                    {{- '<|vision_start|><|video_pad|><|vision_end|>' }}
                 {%- elif 'text' in content %}
                     {{- content.text }}
                 {%- endif %}
@@ -215,6 +217,7 @@ def qwen_pixels(path: Path, processor: str, image_processor: str) -> None:
         "processor_class": processor,
     }
     _write(path, "preprocessor_config.json", {**pixels, "image_processor_type": image_processor})
+    pixels |= {"size": {"longest_edge": 8 * 64 * 64, "shortest_edge": 32 * 32}}  # of a whole video
     _write(path, "video_preprocessor_config.json", {**pixels, "video_processor_type": "Qwen3VLVideoProcessor"})
 
 

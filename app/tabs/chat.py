@@ -329,7 +329,7 @@ def build(desk: Desk, *, model, plan, session, focus, views, note, link, example
         elem_id="dl-box",
         show_label=False,
         placeholder=ASK_FOR_IMAGE,
-        file_types=["image"],
+        file_types=["image", "video"],
         file_count="multiple",
         sources=["upload"],
         submit_btn=True,

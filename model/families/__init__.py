@@ -45,6 +45,7 @@ class Family(ABC):
     needs: str  # one sentence: what such a checkpoint must have
     fold_case = False  # True when the chat template changes the case of user text
     mixes_images = False  # True when an image beside others is encoded otherwise than alone
+    takes_video = False  # True when it reads a sheet of frames (model/clip.py) as a video
     own_type = False  # True when transformers has no class for its model_type and the family reads config.json itself
     lacks: tuple[str, ...] = ()  # of loading.NEEDED: what such a checkpoint comes without
     borrowed = 0  # parameters of the loaded model that are not in the checkpoint's own files

@@ -19,6 +19,7 @@ class Cosmos3Omni(Qwen):
     title = "Cosmos 3"
     model_types = ("cosmos3_omni",)
     model_class = "Cosmos3OmniForConditionalGeneration"
+    takes_video = True
     needs = "the Reasoner of a released checkpoint (its Generator is not loaded); no torchvision needed for images"
 
     @classmethod

@@ -1,13 +1,17 @@
 """What the Qwen3-VL class of families shares: stacks tapped after vision blocks, stack k added after LLM layer k.
 
 "After layer k" is "before layer k+1" here. Taps come from the loaded config. Runs without torchvision: the PIL image
-processor, the tokenizer and the chat template are loaded one by one. Images only. A family of the class is a
-declaration beside this file; what a model does with sound, speech or drawing is not looked at.
+processor, the tokenizer and the chat template are loaded one by one. A video (`takes_video`) is read two frames at a
+time: the tower and the positions of Qwen3-VL treat each two as an image of its own, so here they lie at image tokens
+where transformers writes video tokens, with the same result. A family of the class is a declaration beside this file;
+what a model does with sound, speech or drawing is not looked at.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +20,21 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as video_resize
+from transformers.utils import cached_file
 
+from model.clip import Clip, clip_of, frames_of
 from model.errors import UserError
 from model.families import Family
 from model.layout import Layout, StackSource
 from model.plan import BASE, TAP, Plan
 from model.prompt import Prompt
-from model.types import View
+from model.types import Message, Region, View
+
+VIDEO = "<|video_pad|>"  # what the released templates write for a video, inside the tokens that enclose an image
+VIDEO_FILE = "video_preprocessor_config.json"
+VIDEO_SIZE = {"shortest_edge": 4 * 32 * 32, "longest_edge": 24_576 * 32 * 32}  # pixels of a video, as released
+FRAME_TOKENS = 768  # visual tokens of a frame, at most
 
 
 class Qwen(Family):
@@ -51,11 +63,16 @@ class Qwen(Family):
     @classmethod
     def parts(cls, source: str, options: dict[str, Any], hub: dict[str, Any]) -> tuple[Any, PreTrainedModel]:
         processor = getattr(transformers, cls.processor_class).from_pretrained(source, **hub)
+        processor.video_size = video_budget(source, hub)
         return processor, getattr(transformers, cls.model_class).from_pretrained(source, **options)
 
     @classmethod
     def layout_of(cls, config: PreTrainedConfig) -> tuple[Layout, tuple[str, ...]]:
         return tapped_layout(config, cls.name, cls.title)
+
+    def render(self, messages: list[Message]) -> str:
+        text = super().render(messages)
+        return text.replace(VIDEO, self.image_token) if self.takes_video else text
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -67,36 +84,87 @@ class Qwen(Family):
         return self.model.config.image_token_id
 
     def _size(self, image: Image.Image) -> tuple[int, int]:
-        """(height, width) after the processor's resize, pixels."""
+        """(height, width) after the processor's resize, pixels; of a video's frames."""
+        clip = clip_of(image)
+        width, height = image.size if clip is None else clip.size
+        factor = self.processor.patch_size * self.processor.merge_size
         try:
-            return smart_resize(
-                image.height,
-                image.width,
-                factor=self.processor.patch_size * self.processor.merge_size,
-                min_pixels=self.processor.size["shortest_edge"],
-                max_pixels=self.processor.size["longest_edge"],
-            )
+            if clip is not None:
+                return self._frame_size(len(clip.seconds), height, width, factor)
+            least, most = self.processor.size["shortest_edge"], self.processor.size["longest_edge"]
+            return smart_resize(height, width, factor=factor, min_pixels=least, max_pixels=most)
         except ValueError as error:
-            size = f"{image.width}×{image.height}"
+            size = f"{width}×{height}"
             raise UserError(
                 f"The image is {size} pixels, too long and narrow for {self.title} (at most 200:1). Crop it."
             ) from error
+
+    def _frame_size(self, frames: int, height: int, width: int, factor: int) -> tuple[int, int]:
+        """(height, width) of a video's frames after the resize, pixels, as Qwen's own code has it (qwen-vl-utils).
+
+        The budget is the whole video's, and no frame takes more than FRAME_TOKENS; transformers' video processor has
+        that as `cap_pixels_per_frame`. ValueError for a frame longer than 200:1.
+        """
+        together, size = self.processor.temporal_patch_size, self.processor.video_size
+        count = max(frames, together)
+        most = min(FRAME_TOKENS * factor**2, size["longest_edge"] // count)
+        most = max(most, int(1.05 * size["shortest_edge"])) * count
+        least = size["shortest_edge"]
+        return video_resize(count, height, width, together, factor, min_pixels=least, max_pixels=most)
 
     def grid(self, image: Image.Image) -> tuple[int, int]:
         height, width = self._size(image)
         cell = self.processor.patch_size * self.processor.merge_size
         return height // cell, width // cell
 
+    def regions(self, image: Image.Image, alone: bool = True) -> tuple[Region, ...]:
+        clip = clip_of(image)
+        if clip is None:
+            return super().regions(image, alone)
+        grid, together = self.grid(image), self.processor.temporal_patch_size
+        times = self._times(clip)
+        return tuple(Region(grid, clip.box(n * together), f"{time:.1f} s") for n, time in enumerate(times))
+
+    def _times(self, clip: Clip) -> list[float]:
+        """When the frames that are read together are shown, seconds: the mean of the first's and the last's."""
+        together = self.processor.temporal_patch_size
+        starts = range(0, len(clip.seconds), together)
+        ends = [min(start + together, len(clip.seconds)) - 1 for start in starts]
+        return [(clip.seconds[start] + clip.seconds[end]) / 2 for start, end in zip(starts, ends, strict=True)]
+
+    def image_text(self, image: Image.Image, alone: bool = True) -> str:
+        clip = clip_of(image)
+        if clip is None:
+            return super().image_text(image, alone)
+        rows, columns = self.grid(image)
+        visual = f"<|vision_start|>{self.image_token * (rows * columns)}<|vision_end|>"
+        return "".join(f"<{time:.1f} seconds>{visual}" for time in self._times(clip))
+
+    def pixels(self, image: Image.Image) -> dict[str, Tensor]:
+        """The processor's `pixel_values` [patches, channels * frames * patch²] and `image_grid_thw` [views, 3]."""
+        if clip_of(image) is None:
+            return self.processor(images=[image], return_tensors="pt")
+        height, width = self._size(image)
+        frames = [frame.resize((width, height), Image.Resampling.BICUBIC) for frame in frames_of(image)]
+        together, patch = self.processor.temporal_patch_size, self.processor.patch_size
+        frames += frames[-1:] * (-len(frames) % together)
+        seen = self.processor(images=frames, do_resize=False, return_tensors="pt")
+        # Each frame was taken for a still image, which is repeated in time; one of each makes a patch of several.
+        still = seen["pixel_values"].unflatten(1, (-1, together, patch**2))[:, :, 0]
+        groups = still.unflatten(0, (len(frames) // together, together, -1))  # [group, frame, patches, channels, p²]
+        values = groups.permute(0, 2, 3, 1, 4).flatten(2).flatten(0, 1)
+        return {"pixel_values": values, "image_grid_thw": seen["image_grid_thw"][::together]}
+
     def encode(self, image: Image.Image) -> dict[str, Tensor]:
-        inputs = self.processor(images=[image], return_tensors="pt")
+        inputs = self.pixels(image)
         seen = self.model.model.get_image_features(
             inputs["pixel_values"].to(self.model.device), inputs["image_grid_thw"].to(self.model.device)
         )
-        stacks = {str(k): feature[0] for k, feature in enumerate(getattr(seen, "deepstack_features", ()))}
-        return {BASE: seen.pooler_output[0], **stacks}
+        stacks = {str(k): feature for k, feature in enumerate(getattr(seen, "deepstack_features", ()))}
+        return {name: torch.cat(list(views)) for name, views in {BASE: seen.pooler_output, **stacks}.items()}
 
     def encode_taps(self, image: Image.Image, names: Sequence[str]) -> dict[str, Tensor]:
-        inputs = self.processor(images=[image], return_tensors="pt")
+        inputs = self.pixels(image)
         tower, listed = self.model.model.visual, list(self.model.model.visual.config.deepstack_visual_indexes)
         states = tower(
             inputs["pixel_values"].to(tower.device, tower.dtype),
@@ -109,6 +177,12 @@ class Qwen(Family):
 
     def views(self, image: Image.Image) -> tuple[View, ...]:
         height, width = self._size(image)
+        if (clip := clip_of(image)) is not None:
+            together, grid = self.processor.temporal_patch_size, self.grid(image)
+            frames = [frame.resize((width, height), Image.Resampling.BICUBIC) for frame in frames_of(image)[::together]]
+            return tuple(
+                View(f"at {time:.1f} s", frame, grid) for time, frame in zip(self._times(clip), frames, strict=True)
+            )
         resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
         return (View("what the model sees", resized, self.grid(image)),)
 
@@ -133,9 +207,17 @@ class Qwen(Family):
 
     def plain_inputs(self, prompt: Prompt) -> tuple[dict[str, Tensor], Plan]:
         ids = prompt.input_ids
-        pixels = self.processor(images=list(prompt.images), return_tensors="pt") if prompt.images else {}
+        seen = [self.pixels(image) for image in prompt.images]
+        pixels = {name: torch.cat([each[name] for each in seen]) for name in (seen[0] if seen else ())}
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": self._token_types(ids)}
         return {**inputs, **pixels}, self.layout.default
+
+
+def video_budget(source: str, hub: Mapping[str, Any]) -> dict[str, int]:
+    """Pixels of a whole video, least and most, as a folder or hub id says in its own file; as released without one."""
+    path = cached_file(source, VIDEO_FILE, _raise_exceptions_for_missing_entries=False, **hub)
+    said = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    return {**VIDEO_SIZE, **(said.get("size") or {})}
 
 
 def nearest(block: int, taps: Sequence[int]) -> int:

@@ -21,6 +21,7 @@ class Qwen35(Qwen2VL):
     title = "Qwen3.5"
     model_types = ("qwen3_5",)
     model_class = "Qwen3_5ForConditionalGeneration"
+    takes_video = True
 
     @classmethod
     def layout_of(cls, config: PreTrainedConfig) -> tuple[Layout, tuple[str, ...]]:

@@ -16,3 +16,4 @@ class Qwen3VL(Qwen):
     title = "Qwen3-VL"
     model_types = ("qwen3_vl",)
     model_class = "Qwen3VLForConditionalGeneration"
+    takes_video = True

@@ -16,3 +16,4 @@ class Qwen3VLMoe(Qwen):
     title = "Qwen3-VL-MoE"
     model_types = ("qwen3_vl_moe",)
     model_class = "Qwen3VLMoeForConditionalGeneration"
+    takes_video = True

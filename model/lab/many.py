@@ -53,6 +53,7 @@ def through_ray(
     user's in a run is raised here as it is; any other ends the rest too. A run whose process died too often gives Died.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is reported to anybody; read when ray is imported
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else 15: on a machine with other work a run hardly moves
     import ray
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}

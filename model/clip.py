@@ -1,0 +1,70 @@
+"""A video as one picture: its frames side by side on a sheet, and when and where each of them is.
+
+All that holds, shows or compares pictures takes a sheet as the picture that it is. Only the reader of files
+(model/images.py) and families that read videos know what lies on it. Knows nothing about files and models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+KEY = "clip"  # of a sheet's `info`
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What lies on a sheet."""
+
+    size: tuple[int, int]  # (width, height) of each frame, pixels
+    columns: int  # frames beside each other; even, so that two that go together lie in one row
+    seconds: tuple[float, ...]  # of each frame, from the beginning of the video
+
+    @property
+    def sheet_size(self) -> tuple[int, int]:
+        """(width, height) of the sheet, pixels."""
+        width, height = self.size
+        return width * self.columns, height * math.ceil(len(self.seconds) / self.columns)
+
+    def box(self, frame: int) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) of a frame on the sheet, pixels."""
+        width, height = self.size
+        row, column = divmod(frame, self.columns)
+        return width * column, height * row, width * (column + 1), height * (row + 1)
+
+
+def sampled(total: int, fps: float, most: int, wanted_fps: float = 2.0, least: int = 4) -> np.ndarray:
+    """Which of `total` frames are looked at, as Qwen3-VL's video processor has it: two a second, at least four.
+
+    fps: of the video; most: however long it is.
+    """
+    count = min(max(int(total / fps * wanted_fps), least), most, total)
+    return np.linspace(0, total - 1, count).round().astype(int)
+
+
+def sheet(frames: Sequence[Image.Image], seconds: Sequence[float]) -> Image.Image:
+    """The sheet of frames of one size, RGB."""
+    width, height = frames[0].size
+    columns = max(2, 2 * round(math.sqrt(len(frames) * height / width) / 2))
+    clip = Clip((width, height), columns, tuple(map(float, seconds)))
+    image = Image.new("RGB", clip.sheet_size)
+    for number, frame in enumerate(frames):
+        image.paste(frame, clip.box(number)[:2])
+    image.info[KEY] = clip
+    return image
+
+
+def clip_of(image: Image.Image) -> Clip | None:
+    """What lies on this picture, None where it is not a sheet (any more)."""
+    clip = image.info.get(KEY)
+    return clip if clip is not None and image.size == clip.sheet_size else None
+
+
+def frames_of(image: Image.Image) -> list[Image.Image]:
+    """The frames of a sheet, in order."""
+    clip = image.info[KEY]
+    return [image.crop(clip.box(number)) for number in range(len(clip.seconds))]
