@@ -318,7 +318,7 @@ def build(desk: Desk, *, tab, model, focus, dark, examples) -> tuple:
             what = gr.Dropdown(list(FIGURES), value="variants", label="Take away", scale=2, filterable=False)
             kind = gr.Radio(list(KINDS), value="png", label="as", scale=2)
             button = gr.Button("Download", size="sm", scale=1, elem_id="dl-lab-take")
-            file = gr.DownloadButton("file", visible="hidden", elem_id="dl-lab-file")
+            file = gr.DownloadButton("file", elem_id="dl-lab-file", elem_classes=["dl-fetch"])
     gr.HTML("<h3>How the tokens are dealt out</h3>", apply_default_css=False, elem_classes=["dl-lab-title"])
     with gr.Column(elem_classes=["dl-panel"]):
         picture = DealPicture(elem_id="dl-deal")

@@ -283,7 +283,7 @@ def build(desk: Desk, *, tab, model, plan, session, focus, dark, bars) -> dict:
             what = gr.Dropdown(list(FIGURES), value="the map as shown", label="Take away", scale=2, filterable=False)
             kind = gr.Radio(list(KINDS), value="png", label="as", scale=2)
             take = gr.Button("Download", size="sm", scale=1)
-            file = gr.DownloadButton("file", visible="hidden", elem_id="dl-file")
+            file = gr.DownloadButton("file", elem_id="dl-file", elem_classes=["dl-fetch"])
     fetched = Carrier("heads")
     wanted = gr.Number(visible=False, label="layer")
     shown = gr.Textbox(visible=False, label="view")

@@ -211,6 +211,7 @@ def test_layers_link_words_tokens_and_layers(visit) -> None:
     page.get_by_role("button", name="What is injected").click()
     expect(page.locator(".dl-map")).to_have_count(10)
     page.locator("#dl-look-body").get_by_label("csv").check()
+    expect(page.locator("#dl-file")).to_be_hidden()
     with page.expect_download() as started:
         page.get_by_role("button", name="Download", exact=True).click()
     table = Path(started.value.path()).read_text(encoding="utf-8")
