@@ -90,6 +90,10 @@ CAPTIONS = {
         "The same pixels, with and without features from earlier vision layers; "
         "a difference between two single training runs can be chance."
     ),
+    "lab_pair": (
+        "Two variants of the lab, trained on the same scenes; one question and one seed of each decide nothing: "
+        "the Lab tab has all of them."
+    ),
     "trained_vs_ablated": (
         "The same weights with stacks switched off: this shows reliance, never benefit, "
         "since training had no chance to make up for the loss."

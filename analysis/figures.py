@@ -626,7 +626,8 @@ def lab_axes(found: Summary, dark: bool | None = None) -> go.Figure:
         theirs = marks.around([PAPER_BASELINE[found.bench], *(scores[found.bench] for scores in of.paper.values())])
         places = [*(value for value, _ in points), *of.paper]
         title = f"{of.title.lower()} ({of.unit})"
-        fig.update_xaxes(title_text=title, range=[min(places) - 0.4, max(places) + 0.4], row=at, col=1)
+        edge = max(0.4, 0.03 * (max(places) - min(places)))
+        fig.update_xaxes(title_text=title, range=[min(places) - edge, max(places) + edge], row=at, col=1)
         fig.update_yaxes(title_text="ours, %", range=[low, high], row=at, col=1)
         fig.update_yaxes(
             title_text=f"paper's {found.bench}", range=list(theirs), showgrid=False, row=at, col=1, secondary_y=True

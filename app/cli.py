@@ -171,13 +171,17 @@ def _sweep_arguments(parser: Parser) -> None:
 
 def _lab_arguments(parser: Parser) -> None:
     parser.add_argument(
-        "action", choices=("list", "run", "table"), help="the variants, runs of some, or results beside the paper's"
+        "action",
+        choices=("list", "run", "table", "ship"),
+        help="the variants, runs of some, results beside the paper's, or models of finished runs for Chat and Compare",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="run: variants, or all")
-    parser.add_argument("--seeds", default="0", metavar="S,S…", help="run: of weights and order (default 0)")
-    parser.add_argument("--steps", type=int, metavar="N", help="run: training steps (default: the size's)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="run: variants, or all; ship: variants")
     parser.add_argument(
-        "--size", metavar="SIZE", help="run: small or large (default: large on a GPU, small on the CPU)"
+        "--seeds", default="0", metavar="S,S…", help="run: of weights and order; ship: the one to take (default 0)"
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help="run, ship: training steps (default: the size's)")
+    parser.add_argument(
+        "--size", metavar="SIZE", help="run, ship: small or large (default: large on a GPU, small on the CPU)"
     )
     parser.add_argument(
         "--device", metavar="D", help="cpu, cuda (default: a GPU where one works, else the CPU; with --ray cuda)"
@@ -192,7 +196,12 @@ def _lab_arguments(parser: Parser) -> None:
     parser.add_argument("--workdir", default="runs", metavar="DIR", help="what a resumed run needs (default runs)")
     parser.add_argument("--metric", default="fine", metavar="M", help="table: our score (default fine)")
     parser.add_argument("--bench", default="AVG", metavar="B", help="table: the paper's benchmark (default AVG)")
-    parser.add_argument("--out", metavar="DIR", help="table: write figures (PNG, SVG) and tables (CSV) there")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="table: write figures (PNG, SVG) and tables (CSV) there; ship: the folder of "
+        "the models' folders (default assets/checkpoints)",
+    )
     _json(parser)
 
 
@@ -273,7 +282,7 @@ COMMANDS = {
     "scenes": Command("rendered scenes with exact answers", _scenes_arguments, "app.commands:scenes"),
     "eval": Command("exact match and error rate of a model on scenes", _eval_arguments, "app.commands:evaluate"),
     "sweep": Command("many plans on many images: score by start, gain …", _sweep_arguments, "app.sweep:run"),
-    "lab": Command("the paper's experiments at small size: list, run, table", _lab_arguments, "app.lab:run"),
+    "lab": Command("the paper's experiments at small size: list, run, table, ship", _lab_arguments, "app.lab:run"),
     "train": Command("makes an embedded checkpoint again from nothing", _train_arguments, "app.commands:train"),
 }
 

@@ -75,6 +75,7 @@ def diagnose(engine: Engine) -> list[Check]:
     sampling = Sampling(max_new_tokens=8)
     if len(engine.answer(prompt, plan, sampling).tokens) < 2:  # it ends at once: other words show decoding as well
         sampling = Sampling(max_new_tokens=8, temperature=100.0)
+    engine.forget()  # of a long prompt the prefix would be taken up, and no injection seen
     with watch(engine) as seen:
         answer = engine.answer(prompt, plan, sampling)
     engine.forget()

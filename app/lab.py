@@ -1,4 +1,4 @@
-"""The command `lab`: the paper's experiments, listed, run, and shown as a table.
+"""The command `lab`: the paper's experiments, listed, run, shown as a table, and shipped as models to chat with.
 
 What a variant is and what a run does: model/lab. Knows nothing about training.
 """
@@ -13,17 +13,17 @@ from analysis import lab as reading
 from app.lab_files import FIRST, files
 from app.output import Outcome, ProgressLine, log, table, write_files
 from model.errors import UserError
-from model.lab import many, results, scenes
+from model.lab import many, results, scenes, ship
 from model.lab import run as lab
 from model.lab.variants import GROUPS, VARIANTS
-from model.loading import choose_device
+from model.loading import CHECKPOINTS, choose_device, gigabytes
 
 
 def run(options: argparse.Namespace) -> Outcome:
     """One of the actions."""
-    if options.action != "run" and options.names:
+    if options.action not in ("run", "ship") and options.names:
         raise UserError(f"lab {options.action} takes no names, not {' '.join(options.names)}.")
-    return {"list": _list, "run": _run, "table": _table}[options.action](options)
+    return {"list": _list, "run": _run, "table": _table, "ship": _ship}[options.action](options)
 
 
 def _list(options: argparse.Namespace) -> Outcome:
@@ -87,6 +87,57 @@ def _table(options: argparse.Namespace) -> Outcome:
     return Outcome(reading.table(runs, options.metric, options.bench).records(), "\n\n".join(parts))
 
 
+def _ship(options: argparse.Namespace) -> Outcome:
+    """Writes the models of finished runs where the app looks for them, a card beside each."""
+    if not options.names:
+        raise UserError("lab ship needs names of variants; python -m app lab list shows them.")
+    seeds = _seeds(options.seeds)
+    if len(seeds) > 1:
+        raise UserError(f"lab ship takes the model of one seed, not of {options.seeds}.")
+    file, workdir = Path(options.results).expanduser(), Path(options.workdir).expanduser().resolve()
+    root = Path(options.out).expanduser() if options.out else CHECKPOINTS
+    size = lab.size_of(options.size, gpu=choose_device(options.device)[0].type == "cuda")
+    jobs = lab.jobs(options.names, seeds, size, options.steps)
+    runs = {results.key_of(record): record for _, record in results.lines(file)}
+    twins = [ship.trained(job, workdir) for job in jobs]  # whatever is wrong is said before anything is written
+    for job in jobs:
+        if job.key() not in runs:
+            raise UserError(f"{job.name} has no line in {file}; its run writes one.")
+    rows, found = [], []
+    for job, twin in zip(jobs, twins, strict=True):
+        record = runs[job.key()]
+        out = ship.ship(twin, ship.folder_of(job.variant, root), record)
+        (out / "README.md").write_text(card(job, record), encoding="utf-8")
+        held = sum(path.stat().st_size for path in out.iterdir())
+        found.append({"variant": job.variant.name, "folder": str(out), "bytes": held})
+        rows.append([job.variant.name, str(out), gigabytes(held)])
+    return Outcome({"shipped": found}, table(["variant", "folder", "size"], rows))
+
+
+def card(job: lab.Job, record: dict) -> str:
+    """What a shipped model is, how it scored, and what makes it again."""
+    run = reading.Run(**{name: record[name] for name in reading.Run.__dataclass_fields__ if name in record})
+    setting = reading.Setting.of(run)
+    options = f" --size {setting.size} --steps {setting.steps}"
+    again = [
+        reading.run_command([job.variant.name], [job.seed], setting),
+        f"python -m app lab ship {job.variant.name} --seeds {job.seed}{options}",
+    ]
+    scores = {"fine detail": run.accuracy["fine"], "coarse": run.accuracy["coarse"]}
+    scores |= {f"fine, glyphs of {height} px": each for height, each in run.accuracy["by_glyph_px"].items()}
+    lines = [f"| {name} | {each['n']} | {100 * each['exact_match']:.1f} % |" for name, each in scores.items()]
+    return (
+        f"# lab-{job.variant.name}\n\nA variant of the lab: {job.variant.words}. Seed {job.seed}, {setting}, "
+        f"{run.when}. One seed, at toy size: what can be concluded, from all seeds, says `python -m app lab table`. "
+        "It reads short codes in colour on scenes like its own, 128 x 128 px seen at most: no photographs.\n\n"
+        "| exact match | questions | |\n|---|--:|--:|\n" + "\n".join(lines) + "\n\n"
+        "Scored by the run itself, before its weights were rounded to float16.\n\n"
+        f"## Recipe\n\n    {again[0]}\n    {again[1]}\n\n"
+        "All that defines the run is in recipe.json, its line of the results. The weights are projector and decoder; "
+        "the frozen vision tower is that of `embedded/hires`, and is read from there.\n"
+    )
+
+
 def _slug(words: str) -> str:
     return "-".join(words.replace(",", "").split())
 
@@ -121,7 +172,9 @@ def _through_ray(todo: Sequence[lab.Job], options: argparse.Namespace, device: s
     work = [(job, workdir, device) for job in todo]
     try:
         if not options.ray:  # else each machine makes what it lacks
-            scenes.prepare(workdir, size.scenes, size.validation, size.test, device=device, progress=progress.fraction)
+            sizes = (size.scenes, size.validation, size.test)
+            for pixels in sorted({job.variant.pixels for job in todo}):
+                scenes.prepare(workdir, *sizes, device=device, progress=progress.fraction, pixels=pixels)
         if options.again:
             for job in todo:
                 lab.forget(job, workdir)

@@ -61,7 +61,8 @@ def describe_models() -> list[Described]:
     for name in embedded_names():
         folder = find(name)
         config = AutoConfig.from_pretrained(folder)
-        described.append(_describe(name, config, check_files(folder, name), here=True))
+        check_files(folder, name)
+        described.append(_describe(name, config, count(config), here=True))  # what is borrowed is in memory too
     for name, config in RELEASED.items():
         described.append(_describe(name, config(), count(config()), here=False))
     return described

@@ -50,6 +50,7 @@ CHECKPOINTS = Path(__file__).resolve().parent.parent / "assets" / "checkpoints"
 DEFAULT = "hires"  # what "embedded" means
 EMBEDDED = "embedded"
 EMBEDDED_DEFAULT = f"{EMBEDDED}/{DEFAULT}"
+LAB = "lab-"  # what the names of the lab's variants begin with
 NEEDED = {  # beside config and weights: what it is -> the files that can hold it; transformers would go on without them
     "tokenizer": ("tokenizer.json", "vocab.json", "tokenizer.model"),
     "image processor": ("preprocessor_config.json", "processor_config.json"),
@@ -70,9 +71,10 @@ Progress = Callable[[float, str], None]  # (0..1, what is being done)
 
 
 def embedded_names() -> list[str]:
-    """The checkpoints that come with the app, as 'embedded/<name>', the default first."""
+    """The checkpoints that come with the app, as 'embedded/<name>': the default first, the lab's variants last."""
     found = sorted(path.parent.name for path in CHECKPOINTS.glob("*/config.json"))
-    return [f"{EMBEDDED}/{name}" for name in sorted(found, key=lambda name: name != DEFAULT)]
+    ordered = sorted(found, key=lambda name: (name != DEFAULT, name.startswith(LAB)))
+    return [f"{EMBEDDED}/{name}" for name in ordered]
 
 
 def canonical(name: str) -> str:

@@ -21,6 +21,7 @@ from app.desk import Desk
 from app.session import Focus, Session
 from app.wiring import bound, end, in_turn, introduced, line_of
 from model.errors import UserError
+from model.loading import LAB
 from model.types import Answer
 
 COLUMNS = 3
@@ -207,6 +208,8 @@ def pair_view(a: Asked, b: Asked) -> str:
         return "trained_vs_ablated" if a.engine.layout.default in (a.plan, b.plan) else "compare"
     both_trained = all(each.plan == each.engine.layout.default for each in (a, b))
     names = tuple(sorted(each.engine.name.removeprefix("embedded/") for each in (a, b)))
+    if both_trained and all(name.startswith(LAB) for name in names):
+        return "lab_pair"
     return PAIRS.get(names, "compare") if both_trained else "compare"
 
 

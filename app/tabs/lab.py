@@ -21,7 +21,7 @@ from app.lab_files import FIGURES, FIRST, KINDS, axes_of, shown_curves, taken
 from app.session import Focus
 from app.wiring import bound
 from model.errors import UserError
-from model.loading import EMBEDDED
+from model.loading import EMBEDDED, LAB
 
 BUSY = '<p class="dl-note dl-busy" role="status">The results are being read …</p>'
 INTRO = (
@@ -99,7 +99,7 @@ def take(
 
 def shipped(desk: Desk, variant: str) -> str:
     """The name under which a variant's checkpoint can be asked here, "" where none ships."""
-    name = f"{EMBEDDED}/lab-{variant}"
+    name = f"{EMBEDDED}/{LAB}{variant}"
     return name if name in desk.zoo.offered else ""
 
 

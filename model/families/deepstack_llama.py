@@ -120,9 +120,6 @@ class DeepStackLlama(DeepStackLlava):
         model.config.image_token_id = tokenizer.unk_token_id
         self.hd = self.settings["hd"]
         self.scale = stack_scale(self.settings)
-        if self.settings["tower"]:
-            self.borrowed = model.model.vision_tower.num_parameters()
-            self.note += f" Its tower was read from {self.settings['tower']}."
         self.note += f" {self.differs}"
 
     @classmethod

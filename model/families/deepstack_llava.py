@@ -1,19 +1,28 @@
 """DeepStack-L on a LLaVA-shaped model: a global view, and a high-resolution view dilated into stacks.
 
 CLIP tower, two-layer projector, Llama decoder (`LlavaForConditionalGeneration`), plus one config entry "deepstack":
-{"merge": "stack" | "none" | "concat", "num_crops": 4, "sampling": one of SAMPLINGS, "start": 1, "interval": 1}.
-merge "none" sees the global view only; "concat" merges both views once, on the feature axis before the projector.
+{"merge": one of TRAINED, "num_crops": 4, "sampling": one of SAMPLINGS, "start": 1, "interval": 1}.
+merge "none" sees the global view only; "concat" merges both views once, on the feature axis before the projector; the
+other ways of the paper's experiments are the lab's (model/lab/ship.py): "dummy" has the global view for every stack,
+"string" the high-resolution tokens row by row in the sequence, "global-string" the global ones before them, "average"
+the mean of the samples on top of the global view. Two entries more are the lab's: "plan", the default plan in words,
+where it is not the one of start and interval (learned gates are its gains); "tower", the embedded checkpoint whose
+vision tower is this model's too and is not stored again, with "tower_mark", the digits of the tower it was trained on.
 The paper's own checkpoints are read into this shape by deepstack_llama.py.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedConfig
 from transformers.image_processing_utils import select_best_resolution
@@ -24,20 +33,39 @@ from model.families import Family
 from model.layout import Layout, StackSource
 from model.plan import BASE, Plan
 from model.prompt import Prompt
-from model.types import View
+from model.types import Region, View
 
-DEFAULTS = {"merge": "stack", "num_crops": 4, "sampling": "2d", "start": 1, "interval": 1}
+DEFAULTS = {
+    "merge": "stack",
+    "num_crops": 4,
+    "sampling": "2d",
+    "start": 1,
+    "interval": 1,
+    "plan": None,
+    "tower": None,
+    "tower_mark": None,
+}
 TRAINED = {
     "stack": "trained with stacks",
     "none": "trained single injection",
     "concat": "trained with one merge (dimension concatenation)",
+    "dummy": "trained with the global view for every stack",
+    "string": "trained with the high-resolution tokens in the sequence",
+    "global-string": "trained with both views' tokens in the sequence",
+    "average": "trained with one merge (the mean of the samples added)",
 }
+STACKED = ("stack", "dummy")  # the merges whose layout has stacks
 SAMPLINGS = ("2d", "grid", "1d", "1d-sequential")  # how the high-resolution view is cut into sets, see `sample`
 NOTES = {
     "stack": "A global view enters at the input, a dilated high-resolution view layer by layer.",
     "none": "Sees the global view only; it enters once, at the input.",
     "concat": "Sees the same pixels as the stacks, merged once on the feature axis; they enter once, at the input.",
+    "dummy": "Sees the global view only; it enters at the input and again as every stack.",
+    "string": "Sees the high-resolution view only; its tokens stand in the sequence, four times as many of a square.",
+    "global-string": "Sees both views; the tokens of both stand in the sequence, five times as many of a square.",
+    "average": "Sees the same pixels as the stacks; the mean of the samples is added to the global view, at the input.",
 }
+GLOBAL, HIGH = "global view", "high-resolution view"
 
 
 class DeepStackLlava(Family):
@@ -59,6 +87,9 @@ class DeepStackLlava(Family):
         self.layout, self.warnings = self.layout_of(model.config)
         self.trained = TRAINED[self.settings["merge"]]
         self.note = NOTES[self.settings["merge"]]
+        if self.settings["tower"]:
+            self.borrowed = model.model.vision_tower.num_parameters()
+            self.note += f" Its tower was read from {self.settings['tower']}."
         vision = model.config.vision_config
         self.tile = vision.image_size  # pixels, one side of a view or tile
         self.side = vision.image_size // vision.patch_size  # tokens, one side
@@ -76,7 +107,11 @@ class DeepStackLlava(Family):
         cls, source: str, options: dict[str, Any], hub: dict[str, Any]
     ) -> tuple[Any, LlavaForConditionalGeneration]:
         processor = CLIPImageProcessorPil.from_pretrained(source, **hub)
-        return processor, LlavaForConditionalGeneration.from_pretrained(source, **options)
+        model = LlavaForConditionalGeneration.from_pretrained(source, **options)
+        settings = settings_of(model.config)
+        if settings["tower"]:
+            model.model.vision_tower.load_state_dict(shared_tower(settings["tower"], settings["tower_mark"]))
+        return processor, model
 
     @staticmethod
     def layout_of(config: PreTrainedConfig) -> tuple[Layout, tuple[str, ...]]:
@@ -88,6 +123,16 @@ class DeepStackLlava(Family):
 
     def grid(self, image: Image.Image) -> tuple[int, int]:
         return self.side, self.side
+
+    def regions(self, image: Image.Image, alone: bool = True) -> tuple[Region, ...]:
+        if not self.settings["merge"].endswith("string"):
+            return super().regions(image, alone)
+        high = Region(self._shape(self.high_resolution(image)[1]), None, HIGH)
+        return (high,) if self.settings["merge"] == "string" else (Region(self.grid(image), None, GLOBAL), high)
+
+    def _shape(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Tiles as (rows, columns) -> tokens of the high-resolution view."""
+        return grid[0] * self.side, grid[1] * self.side
 
     def positions(self, input_ids: Tensor, grids: Sequence[tuple[int, int]]) -> tuple[Tensor, int]:
         length = input_ids.shape[1]
@@ -127,33 +172,47 @@ class DeepStackLlava(Family):
     def encode(self, image: Image.Image) -> dict[str, Tensor]:
         image = image.convert("RGB")
         project = self.model.model.multi_modal_projector
-        # The global view goes alone, as in plain LLaVA: in a batch with the tiles its last bits would depend on them.
-        low = self._features(self._pixels([self.low_resolution(image)]))
-        low = low.flatten(0, 2)  # [N, vision width]
-        if self.settings["merge"] == "none":
+        merge, n_sets = self.settings["merge"], self.settings["num_crops"]
+        if merge != "string":
+            # The global view goes alone, as in plain LLaVA: in a batch with the tiles its last bits would depend on
+            # them.
+            low = self._features(self._pixels([self.low_resolution(image)]))
+            low = low.flatten(0, 2)  # [N, vision width]
+        if merge == "none":
             return {BASE: project(low)}
+        if merge == "dummy":
+            base = project(low)
+            return {BASE: base, **{str(k): base for k in range(n_sets)}}
         high, grid = self.high_resolution(image)
         seen = self._features(self._pixels(tiles(high, self.tile)))
-        n_sets = self.settings["num_crops"]
-        if self.settings["merge"] == "concat":
+        if merge == "concat":
             sets = sample(mosaic(seen, grid), grid, n_sets, self.settings["sampling"])
             return {BASE: project(torch.cat([low, *sets], dim=-1))}
-        stacks = sample(mosaic(project(seen), grid), grid, n_sets, self.settings["sampling"])
+        rows = mosaic(project(seen), grid)
+        if merge == "string":
+            return {BASE: rows.flatten(0, 1)}
+        if merge == "global-string":
+            return {BASE: torch.cat([project(low), rows.flatten(0, 1)])}
+        stacks = sample(rows, grid, n_sets, self.settings["sampling"])
+        if merge == "average":
+            return {BASE: project(low) + torch.stack(stacks[: grid[0] * grid[1]]).mean(0)}
         return {BASE: project(low), **{str(k): rows for k, rows in enumerate(stacks)}}
 
     def views(self, image: Image.Image) -> tuple[View, ...]:
         image = image.convert("RGB")
-        low = View("global view", self.low_resolution(image), self.grid(image))
-        if self.settings["merge"] == "none":
+        merge = self.settings["merge"]
+        low = View(GLOBAL, self.low_resolution(image), self.grid(image))
+        if merge in ("none", "dummy"):
             return (low,)
         high, grid = self.high_resolution(image)
-        shape = (grid[0] * self.side, grid[1] * self.side)
-        owners = owners_of(shape, grid, self.settings["sampling"]) if self.settings["merge"] == "stack" else None
-        return low, View("high-resolution view", high, shape, owners)
+        shape = self._shape(grid)
+        owners = owners_of(shape, grid, self.settings["sampling"]) if merge == "stack" else None
+        seen = View(HIGH, high, shape, owners)
+        return (seen,) if merge == "string" else (low, seen)
 
     def plain_inputs(self, prompt: Prompt) -> tuple[dict[str, Tensor], Plan] | None:
-        if self.settings["merge"] == "concat":
-            return None  # transformers would feed the global view five times
+        if self.settings["merge"] not in (*STACKED, "none"):
+            return None  # transformers would feed the global view alone, or as often as there are crops
         inputs = {"input_ids": prompt.input_ids, "attention_mask": torch.ones_like(prompt.input_ids)}
         if prompt.images:
             inputs["pixel_values"] = self._pixels(
@@ -239,6 +298,31 @@ def settings_of(config: PreTrainedConfig) -> dict:
     return settings
 
 
+def tower_mark(folder: Path) -> str:
+    """Eight digits that change with the tower's weights in a checkpoint's folder, whatever lies beside them."""
+    found = hashlib.sha256()
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        for name in sorted(name for name in weights.keys() if "vision_tower" in name):
+            found.update(weights.get_tensor(name).numpy().tobytes())
+    return found.hexdigest()[:8]
+
+
+def shared_tower(name: str, mark: str | None) -> dict[str, Tensor]:
+    """The weights of an embedded checkpoint's vision tower; UserError where it is not the one with this mark."""
+    from model.loading import EMBEDDED, find
+
+    if not str(name).startswith(f"{EMBEDDED}/"):
+        raise UserError(f"deepstack.tower is {name!r}; it must name an embedded checkpoint, as embedded/hires.")
+    folder = find(name)
+    if tower_mark(folder) != mark:
+        raise UserError(
+            f"This model was trained on another vision tower ({mark}) than {name} has now ({tower_mark(folder)}); "
+            "train and ship it again."
+        )
+    lender = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    return lender.model.vision_tower.state_dict()
+
+
 def set_label(k: int, num_crops: int, sampling: str) -> str:
     """Where set k lies in the high-resolution view of a square image."""
     if sampling != "2d":
@@ -260,33 +344,39 @@ def layout_of(
     settings = settings_of(config) | other
     layers = config.text_config.num_hidden_layers
     start, interval = settings["start"], settings["interval"]
-    sources = [StackSource(BASE, "global view", None, 0, "put in place of the image tokens' embeddings")]
+    merge, crops = settings["merge"], settings["num_crops"]
+    seen = {"string": HIGH, "global-string": f"{GLOBAL}, then {HIGH}"}.get(merge, GLOBAL)
+    sources = [StackSource(BASE, seen, None, 0, "put in place of the image tokens' embeddings")]
     entries = [(BASE, 0, 1.0)]
     late = []
-    if settings["merge"] == "stack":
-        for k in range(settings["num_crops"]):
-            layer = start + k * interval
-            home = min(layer, layers - 1)
-            words = f"added before LLM layer {layer} (start {start}, interval {interval})"
-            sources.append(
-                StackSource(str(k), set_label(k, settings["num_crops"], settings["sampling"]), None, home, words)
-            )
-            if layer < layers:
-                entries.append((str(k), layer, 1.0))
-            else:
-                late.append(str(k))
+    for k in range(crops if merge in STACKED else 0):
+        layer = start + k * interval
+        home = min(layer, layers - 1)
+        words = f"added before LLM layer {layer} (start {start}, interval {interval})"
+        label = f"{GLOBAL} again" if merge == "dummy" else set_label(k, crops, settings["sampling"])
+        sources.append(StackSource(str(k), label, None, home, words))
+        if layer < layers:
+            entries.append((str(k), layer, 1.0))
+        else:
+            late.append(str(k))
     convention = "DeepStack-L's code adds stack k before LLM layer start + k·interval, the same convention as here."
-    if settings["merge"] != "stack":
+    if merge not in STACKED:
         convention = "This model has no stacks: the image enters once, before LLM layer 0."
+    default = Plan(entries)
+    if settings["plan"] is not None:
+        default = Plan.parse(settings["plan"])
+        places = {entry.source: entry.layer for entry in reversed(default.entries)}
+        sources = [_moved(source, places.get(source.name, source.home)) for source in sources]
     layout = Layout(
         family=family,
         sources=tuple(sources),
         n_layers=layers,
         n_vision_layers=config.vision_config.num_hidden_layers,
         hidden_size=config.text_config.hidden_size,
-        default=Plan(entries),
+        default=default,
         convention=convention,
     )
+    default.validate(layout)
     warnings = ()
     if late:
         warnings = (
@@ -294,3 +384,11 @@ def layout_of(
             f"{interval}, layers 0 to {layers - 1}): the paper's loop never adds it, the default plan leaves it out.",
         )
     return layout, warnings
+
+
+def _moved(source: StackSource, layer: int) -> StackSource:
+    """A source whose home is another layer than start and interval say."""
+    if layer == source.home:
+        return source
+    empty = "; zeros are put in place of the image tokens' embeddings" if source.name == BASE else ""
+    return replace(source, home=layer, own_words=f"added before LLM layer {layer}{empty}")

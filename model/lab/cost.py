@@ -1,6 +1,8 @@
 """What a variant costs: context, arithmetic, seconds and bytes of a prefill and of a training step.
 
-The vision tower is left out: it is the same for all, and its features come from a cache. Knows nothing about scores.
+A prefill is the decoder's, from the tower's features on. The tower's own work for an image is counted by itself
+(`tower_flops`): it depends on which views a variant reads, and how far up. A training step has it only where the tower
+is trained. Knows nothing about scores.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,26 +25,35 @@ PREFILLS, STEPS = 9, 3  # timed; the middle one counts
 def measure(
     twin: LabTwin, features: torch.Tensor, question: packed.Rows, step: Callable[[], None], dtype: torch.dtype
 ) -> dict:
-    """The cost of a prefill of one image `features` `[1, 384, width]` with one `question`, and of a training `step`.
+    """The cost of a prefill of one image `features` (or pixels) with one `question`, and of a training `step`.
 
-    dtype: what the decoder's layers compute in. context: tokens of the image and before it. prefill_flops: two per
-    multiplication and addition. Bytes: the most that is allocated at once, beyond the weights."""
+    dtype: what the decoder's layers compute in. context: tokens of the image and before it. flops: two per
+    multiplication and addition, without the whitening of features, which a finished model has in its projector. Bytes:
+    the most that is allocated at once, beyond the weights."""
+    with torch.no_grad():
+        seen = twin.see(features, dtype)
+        base, _ = twin.inject(seen)
 
     @torch.no_grad()
     def prefill():
-        twin(features, question, dtype)
+        twin(seen, question, dtype)
 
-    base, _ = twin.inject(features)
-    with FlopCounterMode(display=False) as counter:
-        prefill()
     return {
         "context": base.shape[1] + len(twin.lead),
-        "prefill_flops": counter.get_total_flops(),
+        "tower_flops": flops(twin.look),
+        "prefill_flops": flops(prefill) - flops(lambda: twin.whitened(seen)),
         "prefill_seconds": seconds(prefill, PREFILLS, features.device),
         "prefill_bytes": peak_bytes(prefill, features.device),
         "step_seconds": seconds(step, STEPS, features.device),
         "step_bytes": peak_bytes(step, features.device),
     }
+
+
+def flops(work: Callable[[], object]) -> int:
+    """What `work` multiplies and adds, all of attention included: in a fused kernel the counter may not see it."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
 
 
 def seconds(work: Callable[[], None], times: int, device: torch.device) -> float:

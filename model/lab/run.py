@@ -29,6 +29,7 @@ from model.training.scenes import Question
 from model.training.tokenizer import make_tokenizer
 from model.training.tower import accelerator_for, compute_dtype
 
+SAMPLE, SAMPLE_PIXELS = 300, 100  # scenes whose features are measured first; fewer where the tower has to run for it
 MOST = 30  # questions of a test scene: all of them
 
 
@@ -116,17 +117,22 @@ def run(job: Job, workdir: Path, device: str | None = None, progress=None) -> di
         raise UserError("--device is cuda, but the machine of this run has no GPU that works; give --device cpu.")
     folder = job.folder(workdir)
     size, layers = job.size, job.size.layers
-    data = scenes.prepare(workdir, size.scenes, size.validation, size.test, device=device)
+    pixels = job.variant.pixels
+    data = scenes.prepare(workdir, size.scenes, size.validation, size.test, device=device, pixels=pixels)
     training = [(scenes.placed(batch, job.variant, layers), features) for batch, features in data.training]
     watched, tested = (
         (scenes.placed(batch, job.variant, layers), features) for batch, features in (data.validation, data.test)
     )
+    tower = scenes.load_tower().tower if pixels else None
     torch.manual_seed(job.seed)
     tokenizer = make_tokenizer()
     questions = twins.Questions(tokenizer)
     vision = LlavaConfig.from_pretrained(scenes.TOWER).vision_config
-    twin = LabTwin(job.variant, vision, len(tokenizer), training[0][1][:300], size.width, layers)
+    sample = training[0][1][: SAMPLE_PIXELS if pixels else SAMPLE]
+    twin = LabTwin(job.variant, vision, len(tokenizer), sample, size.width, layers, tower)
     options = {"batch": size.batch, "seed": job.seed, "rate": size.rate, "device": device, "progress": progress}
+    if job.variant.tuned:
+        options["gentle"] = twin.model.model.vision_tower.parameters()
     twins.fit(job.name, twin, questions, training, watched, folder, (job.steps,), **options, log=lambda line: None)
     minutes = json.loads((folder / "curve.jsonl").read_text().splitlines()[-1])["minutes"]
     accelerator = accelerator_for(device)
@@ -186,10 +192,13 @@ def costs(
     batch: int,
     dtype: torch.dtype,
 ) -> dict:
-    """Of a prefill of one scene with one question, and of a training step with questions."""
+    """Of a prefill of one scene with one question, and of a training step with questions; see model/lab/cost.py."""
     device = next(twin.parameters()).device
     items = data[0].items[:batch]
     features = data[1][:batch].float().to(device)
+    if not twin.variant.tuned:
+        with torch.no_grad():
+            features = twin.see(features, dtype)
     item = items[0][0]
     one = questions.pad([questions.turn(item.question.question, item.question.answer, item.cells)]).to(device)
     rows = questions.rows(items, np.random.default_rng(0)).to(device)

@@ -2,12 +2,11 @@
 
 The high-resolution view has 128 x 128 pixels, in four tiles of 64; in the global view of 64 x 64 the codes are half as
 tall. Scenes are drawn and their features encoded by the frozen vision tower of the embedded `hires` once, and kept in
-the work folder. Knows nothing about variants' training.
+the work folder; so are the views themselves, for variants that run the tower. Knows nothing about variants' training.
 """
 
 from __future__ import annotations
 
-import hashlib
 import uuid
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
 from transformers import LlavaForConditionalGeneration
 
+from model.families.deepstack_llava import tower_mark as mark_of
 from model.lab.variants import HIGH, LOW, Variant, landing
 from model.training import dataset, strings, tower, twins
 from model.training.canvas import SHAPES
@@ -86,11 +85,7 @@ def fitted(low: np.ndarray) -> np.ndarray:
 @cache
 def tower_mark(folder: Path = TOWER) -> str:
     """Eight digits that change with the tower's weights, whatever language model lies beside them."""
-    found = hashlib.sha256()
-    with safe_open(folder / "model.safetensors", "pt") as weights:
-        for name in sorted(name for name in weights.keys() if "vision_tower" in name):
-            found.update(weights.get_tensor(name).numpy().tobytes())
-    return found.hexdigest()[:8]
+    return mark_of(folder)
 
 
 def load_tower(folder: Path = TOWER) -> tower.Reader:
@@ -121,9 +116,16 @@ def encode(reader: tower.Reader, batch: dataset.Batch, chunk: int = 32, progress
     return out
 
 
+def views_of(batch: dataset.Batch) -> torch.Tensor:
+    """The global view and the four tiles of the high-resolution view of every scene, uint8 `[n, 5, 64, 64, 3]`."""
+    tiles = twins.cut(batch.high).reshape(len(batch.low), -1, *batch.low.shape[1:])
+    return torch.from_numpy(np.concatenate([batch.low[:, None], tiles], 1))
+
+
 @dataclass
 class Data:
-    """What every run of one size shares: (scenes without their pixels, features) to train on, to watch and to test."""
+    """What every run of one size shares: (scenes without their pixels, features, or views where asked for) to train on,
+    to watch and to test."""
 
     training: list[tuple[dataset.Batch, torch.Tensor]]
     validation: tuple[dataset.Batch, torch.Tensor]
@@ -138,17 +140,20 @@ def prepare(
     per_file: int = 1000,
     device: str | None = None,
     progress=None,
+    pixels: bool = False,
 ) -> Data:
     """The data of a lab with so many training `scenes`, made where it is not yet in workdir/lab, files of `per_file`.
 
-    Several processes may do this at once: each writes whole files under a name of its own first.
+    pixels: with the views instead of the features; the scenes and their questions are the same. Several processes may
+    do this at once: each writes whole files under a name of its own first.
     """
     folder = workdir / "lab" / f"data-{tower_mark()}"
     sizes = [min(per_file, scenes - first) for first in range(0, scenes, per_file)]
     wanted = [(f"train-{k:03d}-{size}", size, TRAINING_SEED + k) for k, size in enumerate(sizes)]
     wanted += [(f"validation-{validation}", validation, VALIDATION_SEED), (f"test-{test}", test, TEST_SEED)]
-    missing = [entry for entry in wanted if not (folder / f"{entry[0]}.features.pt").exists()]
-    reader = load_tower().to(tower.accelerator_for(device).device) if missing else None
+    kind = "views" if pixels else "features"
+    missing = [entry for entry in wanted if not (folder / f"{entry[0]}.{kind}.pt").exists()]
+    reader = load_tower().to(tower.accelerator_for(device).device) if missing and not pixels else None
     for number, (name, count, seed) in enumerate(missing):
         batch = render(count, seed)
 
@@ -156,16 +161,16 @@ def prepare(
             if progress:
                 progress((done + share) / len(missing), words)
 
-        features = encode(reader, batch, progress=within)
+        tensor = encode(reader, batch, progress=within) if reader else views_of(batch)
         own = folder / f"{name}.{uuid.uuid4().hex}"
         dataset.save(batch.without_views(), own)
         own.replace(folder / f"{name}.pkl")
-        torch.save(features, own)
-        own.replace(folder / f"{name}.features.pt")
+        torch.save(tensor, own)
+        own.replace(folder / f"{name}.{kind}.pt")
     *training, watched, tested = (
         (
             dataset.load(folder / f"{name}.pkl"),
-            torch.load(folder / f"{name}.features.pt", weights_only=True, mmap=True),
+            torch.load(folder / f"{name}.{kind}.pt", weights_only=True, mmap=True),
         )
         for name, *_ in wanted
     )

@@ -1,9 +1,9 @@
 """The registry of what the lab compares: one small frozen config each, and where its visual tokens land.
 
 The global view has 8 x 8 tokens, the high-resolution view 16 x 16, dealt out to four sets of 64 (`sets_of`). A new
-variant is one line of VARIANTS. A variant whose vision tower differs (DeepStack-V, taps) will be one too: it names, in
-a field of its own, the features it reads, and model/lab/scenes.py keeps those in a cache beside the frozen tower's.
-Knows nothing about training.
+variant is one line of VARIANTS. Most read the last layer of the frozen vision tower, from a cache; those that tune the
+tower or look inside it (`pixels`) read the views and run it themselves (model/lab/sight.py). Knows nothing about
+training.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ HIGH = LOW * TILES  # tokens per side of the high-resolution view
 SETS = TILES**2
 GROUPS = ("what enters", "how it enters", "sampling", "where", "tower", "strength", "text", "budget")
 LAST = -1  # as a start: after the last layer, where no answer can see it
+TAPPED = (1, 2, 3)  # blocks of the tower, of 0 to 4, that are tapped; its last is what all others read
+TAPS = ("taps", "taps-samples")  # the merges whose rows come from several blocks
 
 
 @dataclass(frozen=True)
@@ -29,23 +31,44 @@ class Variant:
     name: str
     group: str
     words: str  # what it is, one sentence
-    merge: str = "stack"  # how visual tokens enter: stack, none, string, global-string, concat, average
+    merge: str = "stack"  # how visual tokens enter: stack, none, string, global-string, concat, average, or of TAPS
     rows: str = "high"  # what a stack holds: samples of the high-resolution view, or the global tokens ("global")
     sampling: str = "2d"  # see families.deepstack_llava.sample
     consistent: bool = True  # False: the global view is fitted into three quarters of its height
     start: int = 1  # the layer before which the first stack is added, or LAST
     interval: int = 1
-    count: int = SETS  # how many of the sets enter
+    count: int = SETS  # how many of the sets enter, or taps (and samples)
     base_at: int = 0  # the layer before which the global tokens are added; beyond 0 the input holds zeros
     gate: str = "none"  # what each stack is multiplied by: none, scalar, channel (learned, from 1)
     positions: bool = False  # a learned embedding per stack and row, from 0
     keep_all: float = 1.0  # share of the image rows that get every stack: those with most in the high-resolution view
     keep_some: float = 1.0  # share that gets at least the first half of the stacks
-    keep_by: str = "norm"  # how rows are ranked: norm, random
+    keep_by: str = "norm"  # how rows are ranked: norm, random, question
+    tuned: bool = False  # the tower is trained, too
+    tower_start: int | None = None  # DeepStack-V: the tower layer before which the first stack enters the global view
+    tapped: str = "earlier"  # what taps read: the blocks of TAPPED, or "last": each the last one's
 
     def config(self) -> dict:
         """Everything that sets it apart in a run: all but its name and words."""
         return {key: value for key, value in asdict(self).items() if key not in ("name", "group", "words")}
+
+    @property
+    def pixels(self) -> bool:
+        """Whether it reads the views themselves and not the frozen tower's features."""
+        return self.tuned or self.tower_start is not None or self.merge in TAPS
+
+    @property
+    def taps(self) -> int:
+        """How many of its stacks are merged blocks of the tower."""
+        return min(self.count, len(TAPPED)) if self.merge in TAPS else 0
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Of a merge of TAPS: the tower block that the input's image rows are made of, then that of each stack."""
+        taps = TAPPED[: self.taps] if self.tapped == "earlier" else (-1,) * self.taps
+        if self.merge == "taps":
+            return (-1, *taps)
+        return (-1, *reversed(taps), *(-1,) * SETS)[: 1 + self.count]
 
 
 _ALL = (
@@ -72,6 +95,8 @@ _ALL = (
     Variant("start-6", "where", "stacks before layers 6 and 7; two find no layer", start=6),
     Variant("start-last", "where", "stacks after the last layer, where no answer sees them: a control", start=LAST),
     Variant("interval-2", "where", "stacks before layers 1, 3, 5, 7", interval=2),
+    Variant("interval-3", "where", "stacks before layers 1, 4, 7; one finds no layer", interval=3),
+    Variant("interval-4", "where", "stacks before layers 1 and 5; two find no layer", interval=4),
     Variant("layers-1", "where", "the first sample only", count=1),
     Variant("layers-2", "where", "the first two samples only", count=2),
     Variant("layers-3", "where", "the first three samples only", count=3),
@@ -83,6 +108,34 @@ _ALL = (
             merge="none", base_at=2),
     Variant("global-deeper-6", "where", "the global view alone, added before layer 6; zeros at the input",
             merge="none", base_at=6),
+    Variant("none-tuned", "tower", "the global view alone, the tower trained too, at a tenth of the rate", merge="none",
+            tuned=True),
+    Variant("deepstack-v-0", "tower", "the tower trained too; stacks of the high-resolution view's patch embeddings "
+            "enter it before its layers 0 to 3", merge="none", tuned=True, tower_start=0),
+    Variant("deepstack-v-1", "tower", "the tower trained too; stacks of what its first layer makes of the "
+            "high-resolution view enter it before its layers 1 to 4", merge="none", tuned=True, tower_start=1),
+    Variant("deepstack-v-2", "tower", "the tower trained too; stacks of what its first two layers make of the "
+            "high-resolution view enter it before its layers 2 to 4; one finds no layer", merge="none", tuned=True,
+            tower_start=2),
+    Variant("deepstack-v-3", "tower", "the tower trained too; stacks of what its first three layers make of the "
+            "high-resolution view enter it before its layers 3 and 4; two find no layer", merge="none", tuned=True,
+            tower_start=3),
+    Variant("deepstack-v-4", "tower", "the tower trained too; a stack of what its first four layers make of the "
+            "high-resolution view enters it before its last; three find no layer", merge="none", tuned=True,
+            tower_start=4),
+    Variant("taps-0", "tower", "the high-resolution view alone, each 2 x 2 tokens merged into one, once, at the input",
+            merge="taps", count=0),
+    Variant("taps-1", "tower", "as taps-0, and the tower's block 1, merged by weights of its own, before layer 1",
+            merge="taps", count=1),
+    Variant("taps-2", "tower", "as taps-0, and the tower's blocks 1 and 2, each merged by weights of its own, before "
+            "layers 1 and 2", merge="taps", count=2),
+    Variant("taps-3", "tower", "as taps-0, and the tower's blocks 1 to 3, each merged by weights of its own, before "
+            "layers 1 to 3: Qwen3-VL's way", merge="taps", count=3),
+    Variant("taps-3-last", "tower", "the same weights in the same places as taps-3, but each merges the tower's last "
+            "block: a control", merge="taps", count=3, tapped="last"),
+    Variant("taps-samples", "tower", "as taps-0, then the tower's blocks 3, 2, 1 merged before layers 1 to 3 and four "
+            "samples of its last block before layers 4 to 7, each by weights of its own: Granite's way",
+            merge="taps-samples", count=len(TAPPED) + SETS),
     Variant("gate", "strength", "a learned scalar per stack", gate="scalar"),
     Variant("gate-channel", "strength", "a learned gain per stack and channel", gate="channel"),
     Variant("layer-positions", "strength", "a learned embedding per stack and row", positions=True),
@@ -92,6 +145,11 @@ _ALL = (
             "rest; by the norm of their features", keep_all=0.125, keep_some=0.25),
     Variant("budget-50-random", "budget", "as budget-50, but the rows are drawn by chance", keep_all=0.25,
             keep_some=0.5, keep_by="random"),
+    Variant("budget-50-question", "budget", "as budget-50, but ranked by the question: how much its words attend to "
+            "the global tokens in the first layer; each question has image rows of its own in training",
+            keep_all=0.25, keep_some=0.5, keep_by="question"),
+    Variant("budget-25-question", "budget", "as budget-25, but ranked by the question, as budget-50-question",
+            keep_all=0.125, keep_some=0.25, keep_by="question"),
 )  # fmt: skip
 VARIANTS = {variant.name: variant for variant in _ALL}
 
@@ -116,9 +174,9 @@ def first_layer(variant: Variant, layers: int) -> int:
 
 
 def layers_of(variant: Variant, layers: int) -> dict[int, int]:
-    """Layer -> set, of a decoder of `layers` layers, as the paper's loop has it: sets beyond the last layer are left
-    out. A single-injection variant has none."""
-    if variant.merge != "stack":
+    """Layer -> set (or tap), of a decoder of `layers` layers, as the paper's loop has it: those beyond the last layer
+    are left out. A single-injection variant has none."""
+    if variant.merge not in ("stack", *TAPS):
         return {}
     places = {first_layer(variant, layers) + variant.interval * k: k for k in range(variant.count)}
     return {layer: k for layer, k in places.items() if layer < layers}
@@ -138,7 +196,7 @@ def landing(variant: Variant, layers: int) -> tuple[torch.Tensor, torch.Tensor, 
     if variant.merge == "global-string":
         return LOW**2 + numbers, below, LOW**2 + HIGH**2
     where = below.clone()
-    if variant.rows == "high":
+    if variant.merge == "stack" and variant.rows == "high":
         sets = sets_of(variant.sampling)
         for k in layers_of(variant, layers).values():
             where[sets[k]] = torch.arange(LOW**2)

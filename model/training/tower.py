@@ -105,7 +105,12 @@ class Reader(nn.Module):
 
 def to_pixels(tiles: np.ndarray) -> torch.Tensor:
     """uint8 `[B, H, W, 3]` to normalised float `[B, 3, H, W]`."""
-    return (torch.from_numpy(np.ascontiguousarray(tiles)).permute(0, 3, 1, 2).float() / 255 - MEAN) / STD
+    return normalised(torch.from_numpy(np.ascontiguousarray(tiles)))
+
+
+def normalised(tiles: torch.Tensor) -> torch.Tensor:
+    """Pixels from 0 to 255 `[B, H, W, 3]` to what the tower is given, `[B, 3, H, W]`."""
+    return (tiles.permute(0, 3, 1, 2).float() / 255 - MEAN) / STD
 
 
 def _make_sheets(queue, seed: int, low_only: bool, glyphs: dict[int, float]):

@@ -27,6 +27,7 @@ FIRST_TOWER_STEPS, FIRST_TOWER_RATE = 5200, 0.02  # of the tower on smaller text
 TOWER_STEPS, TOWER_RATE = 4000, 0.012  # of the tower after that, on text as tall as in scenes
 STEPS = 9200
 LOW_STEPS = 1500  # of a tower that sees global views alone
+TOWER = "vision_tower."  # in the names of its weights
 LEGIBILITY_SCENES, LEGIBILITY_SEED = 300, 7003
 
 
@@ -107,14 +108,18 @@ def legibility_stage(workdir: Path, steps: int, out: Path, scenes: int, device, 
     (out / "legibility.json").write_text(json.dumps(found, indent=2) + "\n")
 
 
-def export(twin: twins.Twin, reader: tower.Reader, out: Path, recipe: dict) -> None:
-    """Write a folder that transformers loads: config, float16 safetensors, tokenizer, image processor, template."""
+def export(twin: twins.Twin, reader: tower.Reader, out: Path, recipe: dict, whole: bool = True) -> None:
+    """Write a folder that transformers loads: config, float16 safetensors, tokenizer, image processor, template.
+
+    whole: False leaves the vision tower's weights out, where the config says of which folder they are.
+    """
     out.mkdir(parents=True, exist_ok=True)
     twin.fold()
     model = twin.model
     model.model.vision_tower.load_state_dict(reader.tower.state_dict())
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 3, 0
-    model.half().save_pretrained(out)
+    kept = {name: value for name, value in model.half().state_dict().items() if whole or TOWER not in name}
+    model.save_pretrained(out, state_dict=kept)
     make_tokenizer().save_pretrained(out)
     size = {"height": TILE, "width": TILE}
     processor = CLIPImageProcessorPil(

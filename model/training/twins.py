@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,8 @@ TOPIC_WEIGHTS = {"picture": 0.25, "count_all": 3.0, "count_shape": 3.0, "taller"
 OUT_OF_SCOPE_SHARE = 0.03
 SECOND_TURN_SHARE = 0.08
 SAVE_EVERY = 200  # steps
+RATE = 3e-3  # of AdamW, for what is trained from nothing and is no matrix of the decoder
+GENTLE = 0.1  # of that rate: for what was trained before (the DeepStack paper tunes its tower at a tenth, too)
 WORDS = (  # words that single out a place: their embeddings are drawn towards the image rows they point at
     *(*COLOURS, *SHAPES, *scenes.ORDINALS, "last", "top", "bottom", "left", "right", "middle"),
     *(word.lower() for word in (*strings.FIELDS, *strings.ITEMS)),
@@ -264,6 +266,13 @@ def place_words(question: scenes.Question) -> list[int]:
     return [_WORD[word] for word in said if word in _WORD]
 
 
+def begin(projector: nn.Module) -> None:
+    """Give a projector the weights that it is trained from."""
+    for layer in (projector.linear_1, projector.linear_2):
+        nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+        nn.init.zeros_(layer.bias)
+
+
 class Twin(nn.Module):
     """Projector, decoder and training-only heads of one variant; `merge` is what enters.
 
@@ -281,14 +290,17 @@ class Twin(nn.Module):
         self.merge = merge
         self.model = LlavaForConditionalGeneration(configuration(vision, merge, vocabulary, **shape))
         self.heads = packed.Heads(self.model.config.text_config.hidden_size, dataset.CONTENTS, len(CHARACTERS) + 1)
-        for layer in (self.projector.linear_1, self.projector.linear_2):
-            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-            nn.init.zeros_(layer.bias)
+        begin(self.projector)
+        for name, value in zip(("centre", "whiten"), self.whitening(features), strict=True):
+            self.register_buffer(name, value)
+
+    @classmethod
+    def whitening(cls, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean `[width]` of features `[..., width]` and the matrix that whitens what is left of them."""
         rows = features.float().flatten(0, -2)
         variances, directions = torch.linalg.eigh(torch.cov(rows.T))
-        scales = (variances + self.FLOOR * variances.mean()).rsqrt()
-        self.register_buffer("centre", rows.mean(0))
-        self.register_buffer("whiten", directions @ scales.diag() @ directions.T)
+        scales = (variances + cls.FLOOR * variances.mean()).rsqrt()
+        return rows.mean(0), directions @ scales.diag() @ directions.T
 
     @property
     def projector(self) -> nn.Module:
@@ -316,8 +328,13 @@ class Twin(nn.Module):
 
     def forward(self, features: torch.Tensor, rows: packed.Rows | None, dtype: torch.dtype = torch.float32):
         """Logits `[S, vocabulary]` at scored positions (None without rows) and the pass, layers computed in `dtype`."""
-        base, stacks = self.inject(features)
-        lead = torch.tensor(self.lead, device=features.device)
+        return self.decoded(*self.inject(features), rows, dtype)
+
+    def decoded(
+        self, base: torch.Tensor, stacks: dict[int, torch.Tensor], rows: packed.Rows | None, dtype: torch.dtype
+    ):
+        """`forward` from what `inject` gives."""
+        lead = torch.tensor(self.lead, device=base.device)
         language = self.model.model.language_model
         result = packed.forward(language, lead, base, stacks, rows, self.watched, self.inspected, dtype=dtype)
         return None if rows is None else self.model.lm_head(result.hidden), result
@@ -360,9 +377,10 @@ def fit(
     device: str | None = None,
     progress=None,
     log=print,
+    gentle: Iterable[nn.Parameter] = (),
 ) -> nn.Module:
     """Train what needs a gradient in `twin`, called as a Twin is, in cycles of the rate that end after the steps
-    `ends`; resumable from out/last.pt.
+    `ends`; resumable from out/last.pt. gentle: weights that were trained before, for which GENTLE holds.
 
     The first steps ask nothing: with many scenes at once and no question tokens, image rows learn what they hold in a
     seventh of the steps that answers need for it. The decoder's layers run in bfloat16 where the machine is fast in it,
@@ -374,13 +392,15 @@ def fit(
     accelerator = accelerator_for(device)
     dtype = compute_dtype(accelerator)
     twin.to(accelerator.device)
-    chosen = {id(p) for p in matrices}
+    gentle = list(gentle)
+    chosen = {id(p) for p in (*matrices, *gentle)}
     others = [p for p in twin.parameters() if p.requires_grad and id(p) not in chosen]
+    groups = [{"params": others}, {"params": gentle, "lr": GENTLE * RATE}]
     optimizers = [
         Muon(matrices, lr=rate, dtype=dtype),
-        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.AdamW([group for group in groups if group["params"]], lr=RATE, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     counts = np.cumsum([0] + [len(b.items) for b, _ in data])
     first, spent = 0, 0.0
     last = out / "last.pt"
@@ -405,8 +425,9 @@ def fit(
         truth = questions.grounding(items, contents.shape[1]).to(accelerator.device)
         rows = questions.rows(items, rng).to(accelerator.device) if step >= looks else None
         factor = rate_factor(step, ends)
-        for optimizer, rate_ in zip(optimizers, rates, strict=True):
-            optimizer.param_groups[0]["lr"] = rate_ * factor
+        for optimizer, each in zip(optimizers, rates, strict=True):
+            for group, rate_ in zip(optimizer.param_groups, each, strict=True):
+                group["lr"] = rate_ * factor
         logits, result = twin(features, rows, dtype)
         words = llama.embed_tokens.weight[questions.words]
         losses = {
@@ -420,7 +441,7 @@ def fit(
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         accelerator.backward(loss)
-        nn.utils.clip_grad_norm_(others, 1.0)
+        nn.utils.clip_grad_norm_([*others, *gentle], 1.0)
         for optimizer in optimizers:
             optimizer.step()
         if progress:

@@ -5,10 +5,13 @@ import math
 
 import numpy as np
 import pytest
+from transformers import CLIPVisionConfig
 
 from analysis import lab
 from analysis.lab import Setting
 from model.errors import UserError
+from model.lab.scenes import TOWER
+from model.lab.variants import TAPPED
 from tests import lab as made
 from tests.lab import line
 
@@ -161,6 +164,23 @@ def test_axes_of_figure_3(tmp_path):
     nested = {"config": {"deepstack": {"start": 3}}}
     assert summary(tmp_path, line("stack-2d", **nested)).along("start")[0][0] == 3
     assert summary(tmp_path, line("stack-2d", config={})).along("start") == []
+
+
+def test_the_tower_axis_is_a_share_of_each_towers_depth(tmp_path):
+    names = [f"deepstack-v-{k}" for k in range(5)]
+    found = summary(tmp_path, *(line(name, 0.5, group="tower") for name in [*names, "none-tuned"]))
+    assert [(value, row.variant) for value, row in found.along("tower")] == [
+        (20 * k, name) for k, name in enumerate(names)
+    ]
+    assert [lab.PAPER[name].difference("AVG") for name in names] == [-7.3, -5.1, -2.7, 2.4, 2.8]
+    assert lab.PAPER["none-tuned"].difference("AVG") == -0.6
+    tower = CLIPVisionConfig.from_pretrained(TOWER)
+    assert tower.num_hidden_layers == lab.OUR_TOWER and max(TAPPED) < lab.OUR_TOWER - 1
+
+
+def test_what_the_paper_says_is_said_of_variants_that_there_are():
+    assert set(lab.PAPER) <= set(lab.VARIANTS)
+    assert {paper.against for paper in lab.PAPER.values()} <= set(lab.VARIANTS)
 
 
 def test_acuity_adds_the_questions_of_all_seeds(tmp_path):

@@ -44,6 +44,12 @@ def test_the_command_prints_the_checks_and_exits_0(capsys):
     assert all(library in figures["versions"] for library in ("python 3", "torch 2", "transformers 5"))
 
 
+def test_a_prompt_long_enough_to_be_taken_up_is_still_seen_in_full():
+    engine = tiny.build(tiny.folder("hires"))
+    engine.shortest_prefix = 8
+    assert failed(engine) == []
+
+
 def test_bfloat16_is_judged_by_its_own_precision():
     assert failed(load(str(tiny.folder("qwen")), dtype="bfloat16")) == []
 

@@ -4,15 +4,18 @@ Run: pytest tests/app/test_lab.py
 """
 
 import json
+import shutil
 
 import pytest
 
 from app.cli import main
+from model import loading
+from model.catalog import describe_models
 from model.lab import results
 from model.lab import run as lab
 from model.lab.variants import VARIANTS
 from tests import lab as made_up
-from tests.model.lab.lab_sizes import TINY
+from tests.model.lab.lab_sizes import TINY, job
 
 
 @pytest.fixture
@@ -47,6 +50,10 @@ def test_list_names_every_variant_with_its_runs(said, tmp_path):
         (["run", "none", "--steps", "0"], "--steps is 0"),
         (["run", "none", "--size", "huge"], "no lab size 'huge'"),
         (["list", "none"], "lab list takes no names, not none"),
+        (["ship"], "lab ship needs names of variants"),
+        (["ship", "none", "--seeds", "0,1"], "lab ship takes the model of one seed, not of 0,1"),
+        (["ship", "start-last"], "start-last cannot be shipped"),
+        (["ship", "none", "--workdir", "no-such-folder"], "none 0 has done 0 of 2,000 steps"),
     ],
 )
 def test_mistakes_are_one_line(said, tmp_path, argv, words):
@@ -85,3 +92,32 @@ def test_the_table_stands_beside_the_papers_and_can_be_taken_away(said, tmp_path
     assert code == 2 and "There are no results" in err and "lab run stack-2d" in err
     code, out, err = said("table", "--results", str(file), "--metric", "beauty")
     assert code == 2 and "choose of fine" in err
+
+
+def test_a_finished_run_is_shipped_with_its_card_and_can_be_asked(said, tmp_path, monkeypatch):
+    """From `lab run` to a folder beside the embedded models, named last, whose card has the numbers of its run."""
+    monkeypatch.setitem(lab.SIZES, "tiny", TINY)
+    work, file, out = tmp_path / "work", tmp_path / "results.jsonl", tmp_path / "checkpoints"
+    made = job("dummy")
+    record = lab.run(made, work, "cpu")
+    options = ["--size", "tiny", "--device", "cpu", "--results", str(file), "--workdir", str(work), "--out", str(out)]
+    code, _, err = said("ship", "dummy", *options)
+    assert code == 2 and f"dummy 0 has no line in {file}" in err and not out.exists()
+    results.write(record, file)
+    code, stdout, err = said("ship", "dummy", *options, "--json")
+    assert code == 0, err
+    (found,) = json.loads(stdout)["shipped"]
+    assert found["variant"] == "dummy" and found["folder"] == str(out / "lab-dummy") and found["bytes"] < 4_000_000
+    card = (out / "lab-dummy" / "README.md").read_text()
+    share = record["accuracy"]["coarse"]["exact_match"]
+    assert f"| coarse | {record['accuracy']['coarse']['n']} | {100 * share:.1f} % |" in card
+    assert "python -m app lab run dummy --seeds 0 --size tiny --steps 2\n" in card
+    assert "python -m app lab ship dummy --seeds 0 --size tiny --steps 2\n" in card
+    assert json.loads((out / "lab-dummy" / "recipe.json").read_text()) == record
+    for name in ("taps", "hires"):
+        shutil.copytree(loading.CHECKPOINTS / "hires", out / name)
+    monkeypatch.setattr(loading, "CHECKPOINTS", out)
+    assert loading.embedded_names() == ["embedded/hires", "embedded/taps", "embedded/lab-dummy"]
+    assert loading.load("embedded/lab-dummy").trained == "trained with the global view for every stack"
+    assert [row.name for row in describe_models() if row.here] == loading.embedded_names()
+    assert len([*out.iterdir()]) == 3

@@ -44,7 +44,7 @@ def test_two_columns_leave_the_third_empty(desk, session, focus):
     assert three == "" and "CER" not in one and pairs.count("<h3>") == 1
 
 
-def test_each_pair_says_what_it_shows(desk, focus):
+def test_each_pair_says_what_it_shows(desk, focus, monkeypatch):
     def asked(model: str, plan: str | None):
         return asking.prepare(desk, model=model, plan=plan, question="What?", images=focus.images)
 
@@ -53,6 +53,10 @@ def test_each_pair_says_what_it_shows(desk, focus):
     assert compare.pair_view(trained, ablated) == "trained_vs_ablated"
     assert compare.pair_view(ablated, twin) == "compare"
     assert compare.pair_view(ablated, asked(HIRES, "none")) == "compare"
+    monkeypatch.setattr(trained.engine, "name", "embedded/lab-gate")
+    assert compare.pair_view(trained, twin) == "compare"
+    monkeypatch.setattr(twin.engine, "name", "embedded/lab-dummy")
+    assert compare.pair_view(trained, twin) == "lab_pair"
 
 
 def test_a_mistake_names_its_column(desk, session, focus):

@@ -86,6 +86,8 @@ def test_keys_that_a_released_config_leaves_out_are_the_codes_defaults(tmp_path)
         "interval": 1,
         "hd": False,
         "tower": None,
+        "plan": None,
+        "tower_mark": None,
     }
 
 

@@ -238,7 +238,9 @@ def test_views_show_both_resolutions_and_who_owns_each_token():
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ({"merge": "mix"}, "must be one of stack, none, concat"),
+        ({"merge": "mix"}, "must be one of stack, none, concat, dummy, string, global-string, average"),
+        ({"plan": "base@0,4@1"}, "uses the stack “4”, but this model has base, 0, 1, 2, 3"),
+        ({"plan": 5}, "A plan is text, not int"),
         ({"sampling": "2d_scaledown"}, "must be one of 2d, grid, 1d, 1d-sequential"),
         ({"num_crops": 1}, "num_crops ≥ 2"),
     ],
@@ -250,10 +252,22 @@ def test_configs_that_cannot_be_run_are_refused(entry, said):
         layout_of(config)
 
 
+def test_a_plan_in_the_config_is_the_default_and_says_where_its_sources_are_at_home():
+    config = AutoConfig.from_pretrained(tiny.folder("hires"))
+    config.deepstack = {"plan": "base@2,0@1*0.5,1@5"}
+    layout, warnings = layout_of(config)
+    assert str(layout.default) == "base@2,0@1*0.5,1@5" and not warnings
+    assert [source.home for source in layout.sources] == [2, 1, 5, 3, 4]
+    assert layout.source("base").own_words.startswith("added before LLM layer 2; zeros are put in place")
+    assert layout.source("1").own_words == "added before LLM layer 5"
+    assert layout.source("2").own_words == "added before LLM layer 3 (start 1, interval 1)"
+
+
 def test_missing_settings_are_the_papers_defaults():
     config = AutoConfig.from_pretrained(tiny.folder("hires"))
     config.deepstack = {}
-    assert settings_of(config) == {"merge": "stack", "num_crops": 4, "sampling": "2d", "start": 1, "interval": 1}
+    said = {"merge": "stack", "num_crops": 4, "sampling": "2d", "start": 1, "interval": 1}
+    assert settings_of(config) == {**said, "plan": None, "tower": None, "tower_mark": None}
 
 
 def test_other_models_are_refused_with_the_supported_ones():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model.errors import UserError
-from model.lab import cost, results, scenes
+from model.lab import cost, results, scenes, sight
 from model.lab import run as lab
 from model.lab.variants import VARIANTS
 from model.training import twins
@@ -57,6 +57,40 @@ def test_what_a_variant_learns_changes_in_training(workdir):
         assert (weights(job(name), workdir)["twin"][part] != start).any(), name
 
 
+def test_the_tower_changes_where_it_is_tuned_and_nowhere_else(workdir):
+    """By a tenth of the others' rate: the first step of a weight that always gets a gradient is about its rate."""
+    frozen = {f"model.model.vision_tower.{name}": p for name, p in scenes.load_tower().tower.named_parameters()}
+    for name in ("none-tuned", "deepstack-v-1", "taps-1"):
+        lab.run(job(name), workdir, "cpu")
+        kept = weights(job(name), workdir)["twin"]
+        moved = {label: (kept[label] - start).abs().max() for label, start in frozen.items()}
+        assert all((step > 0) == VARIANTS[name].tuned for label, step in moved.items() if "post_lay" not in label), name
+        assert max(moved.values()) < 2 * 2 * twins.GENTLE * twins.RATE
+
+
+def test_the_views_show_what_the_features_were_made_of(workdir):
+    """The same scenes in the same order: the tower makes the cached features of them, and they are asked the same."""
+    sizes = (TINY.scenes, TINY.validation, TINY.test)
+    with_features = scenes.prepare(workdir, *sizes, device="cpu").test
+    with_views = scenes.prepare(workdir, *sizes, device="cpu", pixels=True).test
+    assert with_features[0].items == with_views[0].items
+    own = scenes.load_tower().tower
+    for name, part in (("none-tuned", slice(0, 64)), ("taps-0", slice(128, 384))):
+        with torch.no_grad():
+            seen = sight.see(own, VARIANTS[name], with_views[1]).reshape(TINY.test, -1, own.config.hidden_size)
+        torch.testing.assert_close(seen, with_features[1][:, part].float(), atol=2e-3, rtol=2e-3)
+
+
+def test_the_towers_work_is_counted_by_what_a_variant_reads(workdir):
+    """One view, one and part of four, four, five; a tap more costs the tower nothing."""
+    names = ("none", "none-tuned", "deepstack-v-0", "deepstack-v-3", "taps-0", "taps-3", "string", "stack-2d")
+    costs = {name: lab.run(job(name), workdir, "cpu")["cost"] for name in names}
+    one, *rest = (costs[name]["tower_flops"] for name in names)
+    assert [round(work / one, 1) for work in rest] == [1.0, 1.1, 3.4, 4.0, 4.0, 4.0, 5.0]
+    assert costs["none"]["prefill_flops"] == costs["none-tuned"]["prefill_flops"]
+    assert costs["deepstack-v-3"]["prefill_flops"] == costs["none"]["prefill_flops"]
+
+
 class Killed(Exception):
     pass
 
@@ -71,10 +105,15 @@ def killer(at: int):
     return progress
 
 
-@pytest.mark.parametrize("at", [3, 9])  # among the steps without questions, and after them
-def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path, workdir, monkeypatch, at):
+# among the steps without questions, and after them; budgets by question draw by chance in the first ones
+KILLED = [("gate", 3), ("gate", 9), ("deepstack-v-3", 9), ("taps-samples", 9)]
+KILLED += [("budget-50-question", 3), ("budget-50-question", 9)]
+
+
+@pytest.mark.parametrize("name, at", KILLED)
+def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path, workdir, monkeypatch, name, at):
     monkeypatch.setattr(twins, "SAVE_EVERY", 2)
-    made = job("gate", steps=10)
+    made = job(name, steps=10)
     (tmp_path / "lab").mkdir()
     (tmp_path / "lab" / f"data-{scenes.tower_mark()}").symlink_to(workdir / "lab" / f"data-{scenes.tower_mark()}")
     monkeypatch.setattr(twins, "LOOK_SHARE", 0.5)
@@ -102,7 +141,7 @@ def test_variants_see_the_same_scenes_and_questions_in_the_same_order(workdir, m
         return found
 
     monkeypatch.setattr(twins.Questions, "rows", rows)
-    for name in ("stack-2d", "string", "none", "concat"):
+    for name in ("stack-2d", "string", "none", "concat", "deepstack-v-1", "taps-1"):
         lab.forget(job(name), workdir)
         lab.run(job(name), workdir, "cpu")
     first = asked.pop("stack-2d")

@@ -8,12 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from model.lab import sight
 from model.lab.twin import LabTwin
-from model.lab.variants import HIGH, LAST, LOW, SETS, VARIANTS, landing, layers_of, sets_of
+from model.lab.variants import HIGH, LAST, LOW, SETS, TAPS, VARIANTS, landing, layers_of, sets_of
 from model.training import packed, tower, twins
 from model.training.tokenizer import make_tokenizer
 
 LAYERS, WIDTH, SEEN = 8, 32, 32  # layers and width of the decoder, width of the tower's features
+DEPTH = 5  # layers of the tower
+MEASURES = {"centre", "whiten"}
 REFERENCE = VARIANTS["stack-2d"]
 
 
@@ -38,17 +41,33 @@ def rows(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def made(features, tokenizer):
-    """A twin of a variant with the reference's weights wherever both have them."""
-    vision = tower.config(SEEN, 1)
+def pixels():
+    """Of three pictures: the global view and four tiles."""
+    return torch.randint(256, (3, 1 + SETS, 64, 64, 3), generator=torch.manual_seed(0)).float()
+
+
+@pytest.fixture(scope="module")
+def made(features, pixels, tokenizer):
+    """A twin of a variant with the reference's weights wherever both have them, those of its kind if it has taps."""
     torch.manual_seed(0)
-    start = LabTwin(REFERENCE, vision, len(tokenizer), features, WIDTH, LAYERS).eval()
+    reader = tower.Reader(tower.config(SEEN, DEPTH)).tower
+    vision = tower.config(SEEN, DEPTH)
+
+    def build(variant):
+        read = pixels if variant.pixels else features
+        return LabTwin(variant, vision, len(tokenizer), read, WIDTH, LAYERS, reader).eval()
+
+    starts = {name: build(VARIANTS[name]) for name in ("stack-2d", "none-tuned", "taps-0")}
 
     def make(variant):
-        twin = LabTwin(variant, vision, len(tokenizer), features, WIDTH, LAYERS).eval()
+        twin = build(variant)
         if variant.merge != "concat":
-            left = twin.load_state_dict(start.state_dict(), strict=False)
-            assert not left.unexpected_keys and set(left.missing_keys) <= {"gates", "positions"}
+            like = "taps-0" if variant.merge in TAPS else "none-tuned" if variant.pixels else "stack-2d"
+            own = {"gates", "positions"} | {name for name in twin.state_dict() if name.startswith("mergers.")}
+            # each block is whitened by its own measure
+            start = {n: v for n, v in starts[like].state_dict().items() if like != "taps-0" or n not in MEASURES}
+            left = twin.load_state_dict(start, strict=False)
+            assert not left.unexpected_keys and set(left.missing_keys) <= own | MEASURES
         return twin
 
     return make
@@ -108,9 +127,15 @@ def test_tokens_that_do_not_enter_are_looked_for_under_the_global_view():
         ("start-6", {6: 0, 7: 1}),
         ("start-last", {}),
         ("interval-2", {1: 0, 3: 1, 5: 2, 7: 3}),
+        ("interval-3", {1: 0, 4: 1, 7: 2}),
+        ("interval-4", {1: 0, 5: 1}),
         ("layers-2", {1: 0, 2: 1}),
         ("none", {}),
         ("concat", {}),
+        ("deepstack-v-1", {}),
+        ("taps-0", {}),
+        ("taps-2", {1: 0, 2: 1}),
+        ("taps-samples", {1: 0, 2: 1, 3: 2, 4: 3, 5: 4, 6: 5, 7: 6}),
     ],
 )
 def test_stacks_enter_before_these_layers(name, places):
@@ -252,18 +277,212 @@ def test_a_random_budget_keeps_as_many_rows(made, features):
     assert counts == [3 * 32, 3 * 32, 3 * 16, 3 * 16]
 
 
+def test_the_question_ranks_by_the_first_layers_own_attention(made, features, rows):
+    """Word by word and head by head, against transformers' projections; what comes after the question has no part."""
+    twin = made(VARIANTS["budget-50-question"])
+    llama = twin.model.model.language_model
+    base = twin.inject(features)[0]
+    found = twin.attended(base, rows)
+    layer, width = llama.layers[0], llama.config.head_dim
+    with torch.no_grad():
+        for scene in range(3):
+            count = rows.ids[scene].tolist().index(twin_answer(rows, scene))
+            total = torch.zeros(LOW**2)
+            for word in rows.ids[scene, :count]:
+                query = layer.self_attn.q_proj(layer.input_layernorm(llama.embed_tokens(word)))
+                for head in range(llama.config.num_attention_heads):
+                    part = slice(head * width, (head + 1) * width)
+                    keys = layer.self_attn.k_proj(layer.input_layernorm(base[scene]))[:, part]
+                    total += torch.softmax(keys @ query[part] / width**0.5, 0)
+            torch.testing.assert_close(found[scene], total / count / llama.config.num_attention_heads)
+    other = replace(rows, ids=rows.ids.where(rows.targets.roll(1, 1) == -100, 7))  # another answer
+    assert not torch.equal(other.ids, rows.ids) and torch.equal(twin.attended(base, other), found)
+
+
+def twin_answer(rows, scene) -> int:
+    """The token that opens the answer: the first that is scored at."""
+    return int(rows.ids[scene, int((rows.targets[scene] != -100).nonzero()[0])])
+
+
+def test_each_question_keeps_its_own_rows_and_is_answered_as_if_alone(made, features, tokenizer):
+    """Two questions of each scene in one pass are each what they are by themselves, in logits and in what is kept."""
+    twin = made(VARIANTS["budget-50-question"])
+    questions = twins.Questions(tokenizer)
+    asked = [[f"what does the {c} text say?", f"read the {c} text at the top"] for c in ("red", "blue", "green")]
+    with torch.no_grad():
+        both = questions.pad([questions.turn(text, "A7", (3, 4)) for scene in asked for text in scene])
+        logits, result = twin(features, both)
+        base, stacks = twin.inject(features, both)
+        assert base.shape[0] == 3 and result.seen.shape == (3, LOW**2, WIDTH)
+        full = made(REFERENCE).inject(features)[1]
+        for number in range(2):
+            one = questions.pad([questions.turn(scene[number], "A7", (3, 4)) for scene in asked])
+            alone, single = twin(features, one)
+            torch.testing.assert_close(logits.view(3, 2, 3, -1)[:, number].flatten(0, 1), alone, atol=2e-5, rtol=0)
+            order = twin.attended(base, one).argsort(1, descending=True)
+            for layer, k in twin.places.items():
+                for scene in range(3):
+                    rows, kept = stacks[layer][2 * scene + number], order[scene, : 16 if k >= 2 else 32]
+                    assert torch.equal(rows[kept], full[layer][scene, kept])
+                    assert rows.any(-1).sum() == len(kept)
+            if number == 0:
+                torch.testing.assert_close(result.seen, single.seen, atol=2e-5, rtol=0)
+    kept = stacks[1].any(-1).view(3, 2, -1)
+    assert (kept[:, 0] != kept[:, 1]).any(), "the words of a question change nothing"
+
+
+def test_while_nothing_is_asked_the_question_budget_is_drawn_by_chance(made, features):
+    twin = made(VARIANTS["budget-25-question"])
+    counts = [int(rows.any(-1).sum()) for rows in twin.inject(features)[1].values()]
+    assert counts == [3 * 16, 3 * 16, 3 * 8, 3 * 8]
+    assert twin(features, None)[1].seen.shape == (3, LOW**2, WIDTH)
+
+
+# ---- the tower
+
+
+def entering(twin, pixels):
+    """What enters each tower layer for the global view `[3, 65, width]`."""
+    seen, handles = [], []
+    for layer in twin.model.model.vision_tower.encoder.layers:
+        handles.append(layer.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0])))
+    with torch.no_grad():
+        twin.see(pixels)
+    for handle in handles:
+        handle.remove()
+    return seen[-DEPTH:]
+
+
+@pytest.mark.parametrize("start", range(DEPTH))
+def test_stacks_enter_the_tower_as_in_deepstack_vs_code(made, pixels, start):
+    """The global view and its tiles run as one batch, as the released code does: up to the start layer together, then
+    the four dilated samples are added to the global view's patches before layers start, start + 1 ... ."""
+    twin = made(VARIANTS[f"deepstack-v-{start}"])
+    own = twin.model.model.vision_tower
+    with torch.no_grad():
+        hidden = own.pre_layrnorm(own.embeddings(tower.normalised(pixels.flatten(0, 1))))
+        for layer in own.encoder.layers[:start]:
+            hidden = layer(hidden, None)
+        views = hidden.unflatten(0, (3, 1 + SETS))
+        low, tiles = views[:, 0], views[:, 1:, 1:].unflatten(1, (2, 2)).unflatten(3, (8, 8))
+        mosaic = tiles.transpose(2, 3).reshape(3, HIGH, HIGH, SEEN)
+        for number in range(start, DEPTH):
+            if number - start < SETS:
+                i, j = divmod(number - start, 2)
+                low[:, 1:] += mosaic[:, i::2, j::2].flatten(1, 2)
+            torch.testing.assert_close(entering(twin, pixels)[number], low, atol=1e-4, rtol=1e-4)
+            low = own.encoder.layers[number](low, None)
+        torch.testing.assert_close(twin.see(pixels), low[:, 1:], atol=1e-4, rtol=1e-4)
+
+
+def test_a_patch_of_the_high_resolution_view_lands_on_the_global_patch_over_it(made, pixels):
+    """Row 3, column 10: in the upper right tile, of set 2 (lower left of its four), over the global patch (1, 5)."""
+    twin = made(VARIANTS["deepstack-v-0"])
+    other = pixels.clone()
+    other[:, 2, 8 * 3 : 8 * 4, 8 * 2 : 8 * 3] = 0
+    before, after = entering(twin, pixels), entering(twin, other)
+    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+    changed = (before[2] != after[2]).any(-1)
+    assert changed.nonzero()[:, 1].unique().tolist() == [1 + 8 * 1 + 5]
+    where, _, count = landing(VARIANTS["deepstack-v-0"], LAYERS)
+    assert count == 64 and int(where[at(3, 10)]) == 8 * 1 + 5
+
+
+def test_stacks_of_zeros_and_stacks_after_the_towers_end_are_its_control(made, pixels, rows):
+    alone = made(VARIANTS["none-tuned"])
+    late = made(replace(VARIANTS["deepstack-v-0"], tower_start=DEPTH))
+    views = tower.normalised(pixels[:, 0])
+    own = alone.model.model.vision_tower
+    with torch.no_grad():
+        assert torch.equal(late(pixels, rows)[0], alone(pixels, rows)[0])
+        zeros = {layer: torch.zeros(3, LOW**2, SEEN) for layer in range(DEPTH)}
+        assert torch.equal(sight.states(own, views, zeros)[-1], sight.states(own, views)[-1])
+        early = made(VARIANTS["deepstack-v-4"])
+        assert not torch.allclose(early(pixels, rows)[0], alone(pixels, rows)[0])
+
+
+def test_the_towers_states_are_transformers_own(made, pixels):
+    own = made(VARIANTS["none-tuned"]).model.model.vision_tower
+    views = tower.normalised(pixels[:, 0])
+    with torch.no_grad():
+        wanted = own(views, output_hidden_states=True).hidden_states
+        found = sight.states(own, views)
+    assert len(found) == len(wanted) == DEPTH + 1
+    assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize(
+    "name, blocks",
+    [
+        ("taps-0", (-1,)),
+        ("taps-1", (-1, 1)),
+        ("taps-3", (-1, 1, 2, 3)),
+        ("taps-3-last", (-1, -1, -1, -1)),
+        ("taps-samples", (-1, 3, 2, 1, -1, -1, -1, -1)),
+    ],
+)
+def test_each_row_holds_the_four_tokens_under_it_of_its_block(made, pixels, name, blocks):
+    """By hand: row (1, 2) of each stack is its own projector's of tokens (2, 4), (2, 5), (3, 4), (3, 5) of its block,
+    or of one of them where it is a sample."""
+    variant = VARIANTS[name]
+    assert variant.blocks == blocks
+    twin = made(variant)
+    own = twin.model.model.vision_tower
+    with torch.no_grad():
+        after = own(tower.normalised(pixels[0, 1:]), output_hidden_states=True).hidden_states[1:]
+        base, stacks = twin.inject(twin.see(pixels))
+        order = [*dict.fromkeys(blocks)]
+        for number, block in enumerate(blocks):
+            tokens = after[block][0, 1:].unflatten(0, (8, 8))[2:4, 4:6].flatten(0, 1)  # all in the upper left tile
+            n = order.index(block)
+            white = (tokens - twin.centre[n]) @ twin.whiten[n]
+            if number == 0:
+                torch.testing.assert_close(base[0, 10], twin.projector(white.flatten()), atol=1e-4, rtol=1e-4)
+            else:
+                sample = number - 1 - variant.taps
+                read = white.flatten() if sample < 0 else white[sample]
+                wanted = twin.mergers[number - 1](read)
+                torch.testing.assert_close(stacks[number][0, 10], wanted, atol=1e-4, rtol=1e-4)
+    assert [*stacks] == [*range(1, len(blocks))] and base.shape[1] == LOW**2
+
+
+@pytest.mark.parametrize("name", ["taps-3", "taps-3-last", "taps-samples"])
+def test_mergers_of_zeros_leave_the_input_alone(made, pixels, rows, name):
+    twin = made(VARIANTS[name])
+    with torch.no_grad():
+        before = twin(pixels, rows)[0]
+        for merger in twin.mergers:
+            merger.linear_2.weight.zero_()
+            merger.linear_2.bias.zero_()
+        alone = made(VARIANTS["taps-0"])(pixels, rows)[0]
+        torch.testing.assert_close(twin(pixels, rows)[0], alone, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(before, alone, atol=1e-2)
+
+
+def test_what_was_seen_goes_on_as_the_pixels_do(made, pixels, rows):
+    for name in ("deepstack-v-1", "taps-1"):
+        twin = made(VARIANTS[name])
+        with torch.no_grad():
+            assert torch.equal(twin(twin.see(pixels), rows)[0], twin(pixels, rows)[0])
+
+
 # ---- training
 
 
-@pytest.mark.parametrize("name", ["stack-2d", "global-string", "gate-channel", "layer-positions", "budget-25"])
-def test_gradients_reach_everything_but_the_tower(made, features, rows, name):
-    twin = made(VARIANTS[name])
-    logits, result = twin(features, rows)
+TRAINED = ["stack-2d", "global-string", "gate-channel", "layer-positions", "budget-25", "budget-50-question"]
+TRAINED += ["none-tuned", "deepstack-v-2", "taps-3", "taps-samples"]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_gradients_reach_everything_and_the_tower_where_it_is_tuned(made, features, pixels, rows, name):
+    variant = VARIANTS[name]
+    twin = made(variant)
+    logits, result = twin(pixels if variant.pixels else features, rows)
     (logits.square().mean() + result.seen.square().mean()).backward()
-    tower_weights = {id(p) for p in twin.model.model.vision_tower.parameters()}
     for label, parameter in twin.named_parameters():
-        if not label.startswith("heads."):
-            assert (parameter.grad is None) == (id(parameter) in tower_weights), label
+        if not label.startswith("heads.") and "post_layernorm" not in label:  # of the pooled token, which none reads
+            reached = variant.tuned or "vision_tower" not in label
+            assert (parameter.grad is not None) == reached, label
     twin.zero_grad()
 
 
@@ -277,9 +496,9 @@ def test_variants_differ_in_their_config_alone():
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_passes_with_as_many_rows_as_it_says(made, features, rows, name):
+def test_every_variant_passes_with_as_many_rows_as_it_says(made, features, pixels, rows, name):
     twin = made(VARIANTS[name])
     with torch.no_grad():
-        logits, result = twin(features, rows)
+        logits, result = twin(pixels if VARIANTS[name].pixels else features, rows)
         assert logits.isfinite().all() and isinstance(result, packed.Pass)
         assert result.seen.shape[1] == landing(VARIANTS[name], LAYERS)[2]

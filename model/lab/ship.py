@@ -1,0 +1,91 @@
+"""The model of a finished run as a folder that the app loads like any other: for Chat and Compare.
+
+What is written is projector and decoder; the frozen vision tower stays with the embedded model that it is of, which the
+folder names (model/families/deepstack_llava.py). Knows nothing about cards and pages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from transformers import LlavaConfig
+
+from model.errors import UserError
+from model.lab import scenes
+from model.lab.run import Job
+from model.lab.twin import LabTwin
+from model.lab.variants import LAST, SETS, Variant, first_layer, layers_of
+from model.loading import EMBEDDED, LAB
+from model.plan import BASE, Plan
+from model.training.tokenizer import make_tokenizer
+from model.training.train import CHECKPOINTS, export
+
+# what of a variant the family can run; one that sets anything else has numbers only
+RUN = {"name", "group", "words", "merge", "rows", "sampling", "start", "interval", "count", "base_at", "gate"}
+DIGITS = 4  # of a gate as the default plan's gain
+
+
+def folder_of(variant: Variant, root: Path = CHECKPOINTS) -> Path:
+    """Where the model of a variant is looked for, inside the folder of checkpoints."""
+    return root / f"{LAB}{variant.name}"
+
+
+def check(variant: Variant) -> None:
+    """UserError for a variant that cannot be run outside its training."""
+    own = [f.name for f in fields(Variant) if f.name not in RUN and getattr(variant, f.name) != f.default]
+    if variant.gate == "channel":
+        own = ["gate"]
+    if own:
+        raise UserError(
+            f"The lab variant {variant.name} cannot be shipped: a plan cannot say its {', '.join(own)}; "
+            "its numbers are in the table."
+        )
+    if variant.start == LAST:
+        raise UserError(
+            f"The lab variant {variant.name} cannot be shipped: its stacks are added after the last layer, which no "
+            "plan can say and no answer sees; none answers in the same way."
+        )
+
+
+def entry(variant: Variant, layers: int, gates: list[float] | None = None) -> dict:
+    """What the config says of a variant with so many decoder `layers`, as the family reads it. gates: one number per
+    stack where they are learned; they become the gains of the default plan."""
+    check(variant)
+    merge = "dummy" if variant.merge == "stack" and variant.rows == "global" else variant.merge
+    found = {"merge": merge, "num_crops": SETS, "sampling": variant.sampling}
+    found |= {"start": first_layer(variant, layers), "interval": variant.interval}
+    gains = [1.0] * SETS if gates is None else [round(gate, DIGITS) for gate in gates]
+    places = layers_of(variant, layers)
+    if gates is not None or variant.base_at or (places and variant.count < SETS):
+        entries = [(str(k), layer, gains[k]) for layer, k in places.items()]
+        found["plan"] = str(Plan([(BASE, variant.base_at, 1.0), *entries]))
+    return found
+
+
+def trained(job: Job, workdir: Path) -> LabTwin:
+    """What a finished run left in the work folder; UserError where it is not there or has not ended."""
+    check(job.variant)
+    file = job.folder(workdir) / "last.pt"
+    saved = torch.load(file, weights_only=True, map_location="cpu") if file.exists() else {"step": 0}
+    if saved["step"] < job.steps:
+        raise UserError(
+            f"{job.name} has done {saved['step']:,} of {job.steps:,} steps in {workdir}; finish it with "
+            f"python -m app lab run {job.variant.name} --seeds {job.seed}, or give its --workdir, --size and --steps."
+        )
+    vision = LlavaConfig.from_pretrained(scenes.TOWER).vision_config
+    any_features = torch.eye(vision.hidden_size)[None]  # the checkpoint brings the whitening that training made
+    twin = LabTwin(job.variant, vision, len(make_tokenizer()), any_features, job.size.width, job.size.layers)
+    twin.load_state_dict(saved["twin"])
+    return twin.eval()
+
+
+def ship(twin: LabTwin, out: Path, recipe: dict) -> Path:
+    """Write a trained model as the folder `out`, `recipe` beside it; returns it. Folds the twin's whitening."""
+    gates = twin.gates.detach().flatten().tolist() if twin.variant.gate == "scalar" else None
+    layers = twin.model.config.text_config.num_hidden_layers
+    lender = {"tower": f"{EMBEDDED}/{scenes.TOWER.name}", "tower_mark": scenes.tower_mark()}
+    twin.model.config.deepstack = entry(twin.variant, layers, gates) | lender
+    export(twin, scenes.load_tower(), out, recipe, whole=False)
+    return out
