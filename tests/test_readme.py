@@ -107,6 +107,12 @@ def test_every_checkpoint_has_results() -> None:
         assert f"| `{name}` |" in readme.results_table(), f"assets/checkpoints/{name}/results.json is missing or empty"
 
 
+def test_every_checkpoint_is_small() -> None:
+    for path in (readme.ROOT / "assets" / "checkpoints").glob("*/model.safetensors"):
+        most = 4_000_000 if path.parent.name.startswith("lab-") else 16_000_000
+        assert sum(file.stat().st_size for file in path.parent.iterdir()) <= most, path.parent.name
+
+
 def test_the_results_table_follows_the_files(tmp_path: Path) -> None:
     (tmp_path / "hires").mkdir()
     kinds = {

@@ -1,8 +1,9 @@
 """Train the Qwen3-VL shaped twins: `taps`, whose stacks are tapped from earlier blocks of the tower, and `taps-single`.
 
-Both see the picture at 192 x 192 pixels as 576 patches merged into 64 visual tokens, through the same frozen tower,
-with the same scenes, questions, steps and seed; `taps-single` has no taps. The tower starts from the weights of the
-DeepStack-L models' CLIP tower where shapes allow, and is trained on. Knows nothing about scoring or the page.
+Both see the picture at 192 x 192 pixels as 576 patches merged into 144 visual tokens (four mergers of three by three
+patches would hold 13 million weights), through the same frozen tower, with the same scenes, questions, steps and seed;
+`taps-single` has no taps. The tower starts from the weights of the DeepStack-L models' CLIP tower where shapes allow,
+and is trained on. Knows nothing about scoring or the page.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from model.training.tokenizer import QWEN, make_tokenizer
 KEPT = (1, 2, 3)  # tower blocks (of 0 to 4) whose output is kept as a tap, beside the last one's
 TAPS = {"taps": KEPT, "taps-single": ()}
 PATCHES = SIDE // PATCH  # per side of the view
-MERGE = PATCHES // dataset.GRID  # patches per side of a visual token
+MERGE = 2  # patches per side of a visual token
+GRID = PATCHES // MERGE  # visual tokens per side
 LEAST_PIXELS, MOST_PIXELS = 180**2, 195**2  # of a resized upload: every square becomes 192 x 192, rounding or not
 SHARDS = 3  # files of scenes, train.SHARD each: four maps of features a scene fill memory
 TOWER_STEPS, TOWER_BATCH, TOWER_RATE = 600, 16, 0.01  # half the rate of a tower from nothing
@@ -189,7 +191,7 @@ class Twin(nn.Module):
         self.closing = tokenizer("<|vision_end|>", add_special_tokens=False).input_ids
 
     def inject(self, features: torch.Tensor):
-        """Features `[B, 4, 576, width]` to the base `[B, 64, d]` and stacks by layer: stack k before layer k + 1."""
+        """Features `[B, 4, 576, width]` to the base `[B, 144, d]` and stacks by layer: stack k before layer k + 1."""
         visual, batch = self.model.model.visual, len(features)
         mergers = [*visual.deepstack_merger_list]
         stacks = {
@@ -283,7 +285,7 @@ def train_taps(
     if not resume:
         for file in ("last.pt", "curve.jsonl"):
             (run / file).unlink(missing_ok=True)
-    files, validation = train.data_stage(workdir, shards, progress, per_shard)
+    files, validation = train.data_stage(workdir, shards, progress, per_shard, folder="taps-data", grid=GRID)
     reader = tower_stage(workdir, tower_steps, start_steps, dataset.load(validation), device, seed, progress)
     made_by = workdir / "taps-tower" / "tower.pt"
     data = [features_of(reader, file, made_by) for file in files]

@@ -37,17 +37,20 @@ def check_name(name: str) -> None:
         raise UserError(f"There is no recipe for {name!r}; there are {', '.join(NAMES)}.")
 
 
-def data_stage(workdir: Path, shards: int, progress, per_shard: int = SHARD):
-    """Rendered scenes in workdir/data: `shards` files for training and one for validation."""
-    files = [workdir / "data" / f"train-{k:03d}.pkl" for k in range(shards)]
-    wanted = [(workdir / "data" / "validation.pkl", min(500, per_shard), VALIDATION_SEED)]
+def data_stage(
+    workdir: Path, shards: int, progress, per_shard: int = SHARD, folder: str = "data", grid: int = dataset.GRID
+):
+    """Rendered scenes in workdir/folder: `shards` files for training and one for validation. grid: see
+    `dataset.render`."""
+    files = [workdir / folder / f"train-{k:03d}.pkl" for k in range(shards)]
+    wanted = [(workdir / folder / "validation.pkl", min(500, per_shard), VALIDATION_SEED)]
     wanted += [(file, per_shard, TRAINING_SEED + k) for k, file in enumerate(files)]
     for number, (file, count, seed) in enumerate(wanted):
         if not file.exists():
-            dataset.save(dataset.render(count, seed), file)
+            dataset.save(dataset.render(count, seed, grid=grid), file)
         if progress:
             progress((number + 1) / len(wanted), f"scenes {number + 1} of {len(wanted)} files")
-    return files, workdir / "data" / "validation.pkl"
+    return files, workdir / folder / "validation.pkl"
 
 
 def first_tower_steps(steps: int) -> int:

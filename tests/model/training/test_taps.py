@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from model.loading import load
@@ -69,7 +70,7 @@ def test_packed_pass_equals_transformers_from_the_pixels_on(name, reader, clip, 
         place = 0
         for i in range(len(rows.ids)):
             length = int(rows.length[i])
-            prefix = [*twin.lead, *[image] * 64, *twin.closing]
+            prefix = [*twin.lead, *[image] * 144, *twin.closing]
             ids = torch.tensor([prefix + rows.ids[i, :length].tolist()])
             expected = twin.model(
                 input_ids=ids,
@@ -94,6 +95,12 @@ def test_layers_in_bfloat16_learn_the_same(name, reader, clip, tokenizer, batch)
     same_way(twin, seen, rows)
 
 
+def test_a_folder_of_it_is_small(tokenizer):
+    with torch.device("meta"):
+        made = Qwen3VLForConditionalGeneration(taps.configuration(taps.KEPT, tower.config(), tokenizer))
+    assert 2 * sum(weights.numel() for weights in made.parameters()) < 16_000_000  # bytes, in float16
+
+
 def test_questions_are_what_the_template_writes(tokenizer):
     """Two turns, put together for training, have the ids of the rendered conversation."""
     made = taps.questions_of(tokenizer)
@@ -114,17 +121,17 @@ def test_questions_are_what_the_template_writes(tokenizer):
 
 
 def test_patches_are_the_image_processors(batch):
-    """Bit for bit, from a picture of three times the view's side; every square becomes 16 x 16 patches."""
+    """Bit for bit, from a picture of three times the view's side; every square becomes 24 x 24 patches."""
     processor = Qwen2VLImageProcessorPil(
         size={"shortest_edge": taps.LEAST_PIXELS, "longest_edge": taps.MOST_PIXELS},
-        **{"patch_size": 8, "merge_size": 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+        **{"patch_size": 8, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
     )
     picture = Image.fromarray(batch.high[0]).resize((384, 384), Image.Resampling.BICUBIC)
     high = np.array(picture.resize((192, 192), Image.Resampling.BICUBIC))
     made = processor(images=[picture], return_tensors="pt")
     assert torch.equal(made["pixel_values"], taps.patches(tower.to_pixels(high[None])))
     for side in range(16, 700):
-        assert smart_resize(side, side, 24, taps.LEAST_PIXELS, taps.MOST_PIXELS) == (192, 192), side
+        assert smart_resize(side, side, 16, taps.LEAST_PIXELS, taps.MOST_PIXELS) == (192, 192), side
 
 
 def test_warm_start_takes_the_clip_tower_over(reader, clip, batch):
@@ -132,7 +139,7 @@ def test_warm_start_takes_the_clip_tower_over(reader, clip, batch):
     tile = tower.to_pixels(batch.high[:1, :64, :64])
     old = clip.tower(tile, output_hidden_states=True).hidden_states[0][0, 1:]
     states = reader.tower(taps.patches(tile.repeat(1, 1, 3, 3)), torch.tensor([[1, 24, 24]]), output_hidden_states=True)
-    new = states.hidden_states[0].view(8, 8, 3, 3, -1).transpose(1, 2).reshape(24, 24, -1)
+    new = states.hidden_states[0].view(12, 12, 2, 2, -1).transpose(1, 2).reshape(24, 24, -1)
     for top in (0, 8, 16):
         for left in (0, 8, 16):
             there = new[top : top + 8, left : left + 8].reshape(64, -1)
@@ -170,7 +177,7 @@ def test_two_steps_to_a_folder_that_answers_as_in_training(name, clip, tokenizer
     scene = scenes.make_scene(np.random.default_rng([train.VALIDATION_SEED, 0]))
     content = [{"type": "text", "text": "WHAT is this?"}, {"type": "image", "image": scene.image}]
     prompt = engine.prompt([{"role": "user", "content": content}])
-    assert prompt.visual_tokens == 64
+    assert prompt.visual_tokens == 144
     answer = engine.answer(prompt, engine.layout.default, Sampling(max_new_tokens=6))
     assert engine.answer(prompt, Plan.parse("base@0"), Sampling(max_new_tokens=2)).tokens
 
