@@ -70,6 +70,14 @@ CAPTIONS = {
     "lab_cost": (
         "Shows what was measured here at toy size; how costs grow with 576 rows and 32 layers is not read off it."
     ),
+    "lab_budget": (
+        "Rows that keep no stack still stand in the context, so the budget spares pixels and not tokens; what a "
+        "ranking is worth shows beside chance."
+    ),
+    "kept": (
+        "The norm is that of this model's own stacks, the question's attention that of its first layer; "
+        "the model was trained without a budget and is not run with one."
+    ),
     "lab_table": (
         "Agreement is in the sign of one difference on rendered text; it neither confirms the paper's size of it "
         "nor its cause."

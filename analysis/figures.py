@@ -24,7 +24,18 @@ from analysis.attention import Flow, Look
 from analysis.attribution import Attribution, CausalCheck
 from analysis.evaluate import Acuity
 from analysis.grids import GridMap
-from analysis.lab import COSTS, FIGURE_3, PAPER, PAPER_BASELINE, PAPER_DEEPSTACK, Row, Summary
+from analysis.lab import (
+    COSTS,
+    FIGURE_3,
+    PAPER,
+    PAPER_BASELINE,
+    PAPER_DEEPSTACK,
+    RANKINGS,
+    Interval,
+    Row,
+    Summary,
+    budgets,
+)
 from analysis.norms import Effect, LayerNorms
 from analysis.palette import (
     DIVERGING,
@@ -598,15 +609,7 @@ def lab_axes(found: Summary, dark: bool | None = None) -> go.Figure:
             mode="lines+markers",
             line={"color": hue, "width": 2},
             marker={"size": 8},
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": [100 * (mean.high - mean.value) for mean in means],
-                "arrayminus": [100 * (mean.value - mean.low) for mean in means],
-                "color": hue,
-                "thickness": 1.2,
-                "width": 4,
-            },
+            error_y=_arms(means, hue),
             hovertext=[_told(found, row) for _, row in points],
             hoverinfo="text",
             row=at,
@@ -638,6 +641,42 @@ def lab_axes(found: Summary, dark: bool | None = None) -> go.Figure:
     return fig
 
 
+def lab_budget(found: Summary, dark: bool | None = None) -> go.Figure:
+    """Accuracy with 95 % intervals against the share of stack rows that enter, one line per ranking of the rows."""
+    fig, ends = go.Figure(), []
+    for at, (ranking, points) in enumerate(budgets(found).items()):
+        means = [row.mean for _, row in points]
+        ends += [100 * end for mean in means for end in (mean.low, mean.high)]
+        hue = colour(str(at), dark)
+        fig.add_scatter(
+            x=[100 * share for share, _ in points],
+            y=[100 * mean.value for mean in means],
+            mode="lines+markers",
+            line={"color": hue, "width": 2},
+            marker={"size": 9, "symbol": marks.RANKED[at][0]},
+            error_y=_arms(means, hue),
+            hovertext=[f"{_told(found, row)}<br>{RANKINGS[ranking]}" for _, row in points],
+            hoverinfo="text",
+        )
+    _frame(fig, f"{found.words.capitalize()}, %, by budget", dark, 240, marks.budget_note(found))
+    fig.update_xaxes(title_text="stack rows that enter, %", range=[-3, 103])
+    fig.update_yaxes(title_text="ours, %", range=list(marks.around(ends)))
+    return fig
+
+
+def _arms(means: Sequence[Interval], hue: str) -> dict:
+    """Error bars of shares, in points."""
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [100 * (mean.high - mean.value) for mean in means],
+        "arrayminus": [100 * (mean.value - mean.low) for mean in means],
+        "color": hue,
+        "thickness": 1.2,
+        "width": 4,
+    }
+
+
 def lab_cost(found: Summary, cost: str = "context", dark: bool | None = None) -> go.Figure:
     """Accuracy with 95 % intervals against one measured cost, coloured by group."""
     rows = [row for row in found.rows if row.spent(cost) is not None]
@@ -661,15 +700,7 @@ def lab_cost(found: Summary, cost: str = "context", dark: bool | None = None) ->
             textposition=["middle left" if named.get(i) else "middle right" for i in places],
             textfont={"color": for_words(hue, dark), "size": SIZE},
             cliponaxis=False,
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": [100 * (mean.high - mean.value) for mean in means],
-                "arrayminus": [100 * (mean.value - mean.low) for mean in means],
-                "color": hue,
-                "thickness": 1.2,
-                "width": 4,
-            },
+            error_y=_arms(means, hue),
             hovertext=[f"{_told(found, rows[i])}<br>{marks.number(spent[i])} {COSTS[cost].unit}" for i in places],
             hoverinfo="text",
         )

@@ -25,7 +25,7 @@ from analysis.attribution import Attribution, CausalCheck
 from analysis.evaluate import Acuity
 from analysis.figures import shares
 from analysis.grids import GridMap
-from analysis.lab import COSTS, FIGURE_3, PAPER, PAPER_BASELINE, PAPER_DEEPSTACK, Interval, Summary
+from analysis.lab import COSTS, FIGURE_3, PAPER, PAPER_BASELINE, PAPER_DEEPSTACK, Interval, Summary, budgets
 from analysis.norms import Effect, LayerNorms
 from analysis.palette import (
     DIVERGING,
@@ -491,6 +491,24 @@ def lab_axes(found: Summary, dark: bool = False) -> Figure:
         other.set_ylabel(f"the paper's {found.bench}")
         ax.locator_params(axis="x", integer=True)
         ax.set_xlabel(f"{of.title.lower()} ({of.unit})")
+    return fig
+
+
+def lab_budget(found: Summary, dark: bool = False) -> Figure:
+    """Accuracy with 95 % intervals against the share of stack rows that enter, one line per ranking of the rows."""
+    title = f"{found.words.capitalize()}, %, by budget"
+    fig, ax, _ = _figure(title, dark, note=marks.budget_note(found))
+    ends = []
+    for at, points in enumerate(budgets(found).values()):
+        means = [row.mean for _, row in points]
+        ends += [100 * end for mean in means for end in (mean.low, mean.high)]
+        ax.errorbar(
+            [100 * share for share, _ in points], [100 * mean.value for mean in means], yerr=_arms(means),
+            color=colour(str(at), dark), marker=marks.RANKED[at][1], lw=1.8, capsize=3,
+        )  # fmt: skip
+    _value_axis(ax, "ours, %", *marks.around(ends), False)
+    ax.set_xlim(-3, 103)
+    ax.set_xlabel("stack rows that enter, %")
     return fig
 
 

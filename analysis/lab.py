@@ -542,6 +542,26 @@ class Summary:
         return sorted(found, key=lambda pair: pair[0])
 
 
+# How the rows that keep their stacks are chosen -> in words.
+RANKINGS = {"norm": "by norm", "random": "by chance", "question": "by the question"}
+
+
+def budgets(found: Summary) -> dict[str, list[tuple[float, Row]]]:
+    """Ranking -> (share of all stack rows that enter, variant), ascending, between `none` and the reference where they
+    were run; only rankings with a run."""
+    made: dict[str, list[tuple[float, Row]]] = {}
+    for row in found.rows:
+        config = row.runs[0].config
+        shares = [_setting_of(config, (key,)) for key in ("keep_all", "keep_some")]
+        if None not in shares and shares[1] < 1 and config.get("keep_by") in RANKINGS:
+            # half of the stacks enter at the rows that keep some, the others at those that keep all
+            made.setdefault(config["keep_by"], []).append((sum(shares) / 2, row))
+    ends = [(share, row) for share, row in ((0.0, found.row("none")), (1.0, found.reference)) if row]
+    return {
+        ranking: sorted([*made[ranking], *ends], key=lambda pair: pair[0]) for ranking in RANKINGS if ranking in made
+    }
+
+
 def _setting_of(config: Mapping[str, Any], keys: Sequence[str]) -> float | None:
     """The number under the first of these keys, at the top of a config or one level down."""
     levels = [config, *(value for value in config.values() if isinstance(value, Mapping))]

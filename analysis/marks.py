@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from analysis.grids import GridMap
-from analysis.lab import GROUPS, Row, Summary
+from analysis.lab import GROUPS, RANKINGS, Row, Summary, budgets
 
 WIDE_BARS = 6  # bars in one chart that have room for two words between them
 MAX_TICKS = 11  # layer labels on one axis, readable at 400 px
@@ -108,6 +108,16 @@ def by_group(rows: Sequence[Row]) -> Iterator[tuple[str, list[int]]]:
     for group in dict.fromkeys(row.group for row in rows):
         at = GROUPS.index(group) if group in GROUPS else len(GROUPS)
         yield str(at), [i for i, row in enumerate(rows) if row.group == group]
+
+
+# Of the rankings of a budget, in their order: the mark in plotly and in matplotlib, and its plural.
+RANKED = (("circle", "o", "circles"), ("square", "s", "squares"), ("diamond", "D", "diamonds"))
+
+
+def budget_note(found: Summary) -> str:
+    """Which mark is which way to choose the rows."""
+    said = [f"{RANKED[at][2]} {RANKINGS[ranking]}" for at, ranking in enumerate(budgets(found))]
+    return f"Rows ranked: {', '.join(said)}. Ends: none, and every row every stack."
 
 
 def lab_note(found: Summary) -> str:

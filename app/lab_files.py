@@ -11,7 +11,13 @@ from analysis import figures_mpl, lab, tables
 from analysis.lab import Run, Summary
 from model.errors import UserError
 
-FIGURES = {"variants": "lab-variants", "along figure 3": "lab-axes", "acuity": "lab-acuity", "cost": "lab-cost"}
+FIGURES = {
+    "variants": "lab-variants",
+    "along figure 3": "lab-axes",
+    "acuity": "lab-acuity",
+    "budget": "lab-budget",
+    "cost": "lab-cost",
+}
 KINDS = ("png", "svg", "csv")
 FIRST = ("stack-2d", "none", "dummy", "string", "concat")  # what the paper's argument needs least
 SHOWN = 5  # acuity curves that are drawn unasked
@@ -35,12 +41,14 @@ def taken(runs: Sequence[Run], found: Summary, what: str, kind: str, cost: str, 
     if kind == "csv":
         made = tables.acuity(drawn) if what == "acuity" else lab.table(runs, found.metric, found.bench)
         return made.csv().encode()
-    if what == "along figure 3" and not axes_of(found) or what == "acuity" and not drawn:
+    nothing = {"along figure 3": not axes_of(found), "acuity": not drawn, "budget": not lab.budgets(found)}
+    if nothing.get(what):
         raise UserError(f"These runs hold nothing to draw for “{what}”.")
     figure = {
         "variants": lambda: figures_mpl.lab_variants(found),
         "along figure 3": lambda: figures_mpl.lab_axes(found),
         "acuity": lambda: figures_mpl.acuity_curves(drawn),
+        "budget": lambda: figures_mpl.lab_budget(found),
         "cost": lambda: figures_mpl.lab_cost(found, cost),
     }[what]()
     return figures_mpl.png(figure) if kind == "png" else figures_mpl.svg(figure)
@@ -49,7 +57,7 @@ def taken(runs: Sequence[Run], found: Summary, what: str, kind: str, cost: str, 
 def files(runs: Sequence[Run], found: Summary, cost: str = "context") -> dict[str, bytes]:
     """Every figure that these runs can fill, PNG and SVG, and both tables: name -> bytes."""
     curves = shown_curves(found, None)
-    empty = {"along figure 3": not axes_of(found), "acuity": not curves}
+    empty = {"along figure 3": not axes_of(found), "acuity": not curves, "budget": not lab.budgets(found)}
     made = {}
     for what, name in FIGURES.items():
         for kind in KINDS:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from model.lab.variants import VARIANTS
+
 # variant -> (group, share of fine questions right); the sizes mean nothing
 MADE_UP = {
     "stack-2d": ("what enters", 0.60),
@@ -20,6 +22,9 @@ MADE_UP = {
     "global-deeper": ("where", 0.09),
     "global-deeper-6": ("where", 0.03),
     "gate": ("strength", 0.61),
+    "budget-50": ("budget", 0.45),
+    "budget-25": ("budget", 0.30),
+    "budget-50-random": ("budget", 0.35),
 }
 NOISE = (0.0, 0.01, -0.01, 0.02)  # by seed
 
@@ -28,6 +33,8 @@ def line(variant: str, share: float | None = None, *, group: str = "", seed: int
     """One run; `more` replaces fields."""
     fine = (MADE_UP[variant][1] if share is None else share) + NOISE[seed % len(NOISE)]
     config = {"start": {"start-last": 5}.get(variant, 1), "interval": 1, "count": 4, "base_at": 0}
+    if variant.startswith("budget"):
+        config |= {key: value for key, value in VARIANTS[variant].config().items() if key.startswith("keep")}
     config |= {"base_at": 4} if variant == "global-deeper" else {}
     heights = {"7": fine / 2, "8": fine, "10": min(1.0, fine + 0.1)}
     context = 162 if variant == "string" else 66

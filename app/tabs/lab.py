@@ -13,15 +13,18 @@ import gradio as gr
 from gradio import processing_utils
 from gradio.utils import get_upload_folder
 
-from analysis import figures, lab
+from analysis import budget, figures, lab
 from analysis.lab import Interval, Row, Run, Setting, Summary
-from app import dealing, markup
+from app import asking, dealing, markup
 from app.desk import Desk
 from app.lab_files import FIGURES, FIRST, KINDS, axes_of, shown_curves, taken
 from app.session import Focus
-from app.wiring import bound
+from app.wiring import bound, in_turn, line_of
 from model.errors import UserError
 from model.loading import EMBEDDED, LAB
+from model.plan import BASE
+from model.probe import AttentionWish, Probe
+from model.types import Sampling
 
 BUSY = '<p class="dl-note dl-busy" role="status">The results are being read …</p>'
 INTRO = (
@@ -34,8 +37,10 @@ PLACES = {
     "dl-lab-table": "row by row",
     "dl-lab-axes": "figure 3",
     "dl-lab-acuity": "glyph height",
+    "dl-lab-budget": "budget",
     "dl-lab-cost": "cost",
     "dl-deal": "how tokens are dealt out",
+    "dl-lab-keep": "what a budget keeps",
 }
 NAVIGATION = (
     '<nav class="dl-lab-nav" aria-label="On this tab">'
@@ -50,8 +55,8 @@ NAVIGATION = (
 def results(
     desk: Desk, dark: bool, setting: str, metric: str, bench: str, cost: str, curves: Sequence[str] | None
 ) -> tuple:
-    """All views of the results file. Returns (head, body, setting, curves, table, variants, axes, acuity, cost)."""
-    nothing = (gr.skip(), gr.skip(), "", None, None, None, None)
+    """All views of the results file: (head, body, setting, curves, table, variants, axes, acuity, budget, cost)."""
+    nothing = (gr.skip(), gr.skip(), "", None, None, None, None, None)
     try:
         runs = lab.read(lab.RESULTS)
     except UserError as error:
@@ -73,6 +78,7 @@ def results(
         figures.lab_variants(found, dark),
         figures.lab_axes(found, dark) if axes_of(found) else None,
         figures.acuity_curves(drawn, dark) if drawn else None,
+        figures.lab_budget(found, dark) if lab.budgets(found) else None,
         figures.lab_cost(found, cost, dark) if any(row.spent(cost) is not None for row in found.rows) else None,
     )
 
@@ -80,6 +86,35 @@ def results(
 def deal(desk: Desk, model: str, focus: Focus) -> dict | None:
     """The step-through picture of the image in focus, None without one."""
     return dealing.deal_value(desk.engine(model), desk.held(focus.images[0]) if focus.images else None)
+
+
+def keep(desk: Desk, ranking: str, percent: float, dark: bool, model: str, focus: Focus) -> tuple:
+    """What a budget would keep of the image in focus: (what is missing in words, the map over the image)."""
+    if ranking not in budget.RANKINGS or not 0 < percent <= 100:
+        raise UserError(f"A budget is ranked {' or '.join(budget.RANKINGS)}, above 0 to 100 %, not {percent:g} %.")
+    engine = desk.engine(model)
+    plan, names = engine.layout.default, [source.name for source in engine.layout.sources]
+    stacks = [names.index(source) for source in plan.sources() if source != BASE and source in names]
+    lacks = ""
+    if not focus.images:
+        lacks = "No image yet: upload one, or pick an example."
+    elif not stacks:
+        lacks = f"{engine.name} adds no stacks to the language model, so there is nothing to keep or leave out."
+    elif ranking == "question" and not focus.question.strip():
+        lacks = "No question yet: ask one in Chat, or pick an example."
+    if lacks:
+        return f'<p class="dl-note">{markup.escape(lacks)}</p>', None
+    prompt = engine.prompt([asking.user_message(desk, focus.images[:1], focus.question.strip() or "?")])
+    if ranking == "norm":
+        relevance = budget.by_norm(engine.features(prompt)[stacks].float().cpu().numpy())
+    else:
+        layer, end = engine.layout.attention_layers[0], max(int(grid.positions.max()) for grid in prompt.grids) + 1
+        wish = AttentionWish((layer,), tuple(range(end, prompt.input_ids.shape[1])))
+        answer = engine.answer(prompt, plan, Sampling(max_new_tokens=1))
+        relevance = budget.by_question(engine.replay(prompt, answer, plan, Probe(attention=(wish,))), layer)
+    counts = budget.kept(relevance, len(stacks), percent / 100)
+    shown = budget.kept_map(counts, len(stacks), prompt.grids[0])
+    return "", figures.image_map(shown, prompt.picture(0), dark=dark)
 
 
 def take(
@@ -245,7 +280,9 @@ def _offer(desk: Desk, row: Row) -> str:
     """Buttons to ask a variant, where its checkpoint ships."""
     name = shipped(desk, row.variant)
     if not name:
-        return '<span class="dl-note">No checkpoint of it ships; its command makes one.</span>'
+        return (
+            '<span class="dl-note">No checkpoint of it ships; “lab ship” makes one of a run that a plan can say.</span>'
+        )
     name = markup.escape(name)
     return (
         f'<button type="button" class="dl-chip" data-go="chat" data-name="{name}">chat with it</button>'
@@ -308,6 +345,9 @@ def build(desk: Desk, *, tab, model, focus, dark, examples) -> tuple:
                 curves = gr.Dropdown([], label="Curves", multiselect=True, max_choices=9, allow_custom_value=True)
                 gr.HTML(markup.say("acuity"), apply_default_css=False)
         with gr.Column(elem_classes=["dl-panel"]):
+            budgets = gr.Plot(show_label=False, container=False, elem_id="dl-lab-budget")
+            gr.HTML(markup.say("lab_budget"), apply_default_css=False)
+        with gr.Column(elem_classes=["dl-panel"]):
             spent = gr.Plot(show_label=False, container=False, elem_id="dl-lab-cost")
             cost = gr.Dropdown(
                 [(f"{each.words} ({each.unit})", key) for key, each in lab.COSTS.items()], value="context",
@@ -322,10 +362,22 @@ def build(desk: Desk, *, tab, model, focus, dark, examples) -> tuple:
     gr.HTML("<h3>How the tokens are dealt out</h3>", apply_default_css=False, elem_classes=["dl-lab-title"])
     with gr.Column(elem_classes=["dl-panel"]):
         picture = DealPicture(elem_id="dl-deal")
+    gr.HTML("<h3>What a budget would keep</h3>", apply_default_css=False, elem_classes=["dl-lab-title"])
+    with gr.Column(elem_classes=["dl-panel"], elem_id="dl-lab-keep"):
+        with gr.Row(elem_classes=["dl-lab-choose"]):
+            ranking = gr.Radio(
+                [(words, key) for key, words in budget.RANKINGS.items()], value="norm", label="Rows ranked"
+            )
+            percent = gr.Slider(5, 100, value=50, step=5, label="Rows that keep some of their stacks, %")
+            show = gr.Button("Show on the image", size="sm", elem_id="dl-lab-show")
+        line = line_of()
+        lacks = gr.HTML("", apply_default_css=False)
+        kept = gr.Plot(show_label=False, container=False, elem_id="dl-lab-kept")
+        gr.HTML(markup.say("kept"), apply_default_css=False)
     cards = examples()
 
     choices = [setting, metric, bench, cost, curves]
-    views = [status, body, setting, curves, table, variants, axes, acuity, spent]
+    views = [status, body, setting, curves, table, variants, axes, acuity, budgets, spent]
     shown = {
         "fn": bound(results, desk), "inputs": [dark, *choices], "outputs": views, "queue": False,
         "show_progress": "minimal", "show_progress_on": [status],
@@ -339,6 +391,12 @@ def build(desk: Desk, *, tab, model, focus, dark, examples) -> tuple:
     }  # fmt: skip
     tab.select(**dealing_out, api_name="open_deal")
     picture.views(**dealing_out, api_name="deal")
+    keeping = {
+        **in_turn(keep, desk, [lacks, kept], line), "inputs": [ranking, percent, dark, model, focus],
+        "show_progress": "minimal", "show_progress_on": [kept],
+    }  # fmt: skip
+    for event, name in ((show.click, "keep"), (ranking.input, "keep_ranking"), (percent.release, "keep_share")):
+        event(**keeping, api_name=name)
     start = "() => document.querySelector('#dl-lab-file').click()"
     button.click(
         bound(take, desk), [what, kind, *choices], [file], api_name="lab_download", show_progress="minimal",

@@ -538,8 +538,10 @@
     }
 
     watch('value', take);
-    lens.on('views', () => draw());
-    lens.on('effect', () => draw());
+    // Another model's value may be here while its plan is not taken over yet: `take` draws it then.
+    const redraw = () => lens.model === model().name && draw();
+    lens.on('views', redraw);
+    lens.on('effect', redraw);
     lens.on('set-plan', preset);
     lens.on('image', () => lens.tab() === 'stacks' && trigger('live', { plan: lens.plan }));
     take();

@@ -13,6 +13,7 @@ import torch
 from transformers import LlavaConfig
 
 from model.errors import UserError
+from model.families.deepstack_llava import TRAINED
 from model.lab import scenes
 from model.lab.run import Job
 from model.lab.twin import LabTwin
@@ -35,11 +36,10 @@ def folder_of(variant: Variant, root: Path = CHECKPOINTS) -> Path:
 def check(variant: Variant) -> None:
     """UserError for a variant that cannot be run outside its training."""
     own = [f.name for f in fields(Variant) if f.name not in RUN and getattr(variant, f.name) != f.default]
-    if variant.gate == "channel":
-        own = ["gate"]
+    own += ["merge"] * (variant.merge not in TRAINED) + ["gate"] * (variant.gate == "channel")
     if own:
         raise UserError(
-            f"The lab variant {variant.name} cannot be shipped: a plan cannot say its {', '.join(own)}; "
+            f"The lab variant {variant.name} cannot be shipped: no model of the app has its {', '.join(own)}; "
             "its numbers are in the table."
         )
     if variant.start == LAST:

@@ -23,6 +23,7 @@ UNDER = {
     "acuity_curves": "acuity",
     "lab_variants": "lab_variants",
     "lab_axes": "lab_axes",
+    "lab_budget": "lab_budget",
     "lab_cost": "lab_cost",
     "loss_curve": "loss",
 }

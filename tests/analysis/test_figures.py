@@ -195,6 +195,17 @@ def test_figure_3_keeps_both_scales_on_one_axis(light):
     assert dict(zip(counts.x, counts.y, strict=True)) == {0: 49.1, 4: 51.1}
 
 
+def test_the_budget_goes_from_none_to_every_row_by_each_ranking(light):
+    """budget-25 keeps an eighth of two stacks and a quarter of two, budget-50 twice as much; question has no run."""
+    fig = light["lab_budget"]
+    by_norm, by_chance = fig.data
+    assert list(by_norm.x) == [0, 18.75, 37.5, 100] and list(by_chance.x) == [0, 37.5, 100]
+    means = {row.variant: 100 * row.mean.value for row in drawn.lab_summary().rows}
+    assert list(by_norm.y) == pytest.approx([means[name] for name in ("none", "budget-25", "budget-50", "stack-2d")])
+    assert by_chance.y[1] == pytest.approx(means["budget-50-random"])
+    assert "circles by norm, squares by chance." in title(fig).replace("<br>", " ")
+
+
 def test_names_at_dots_do_not_lie_on_one_another(light):
     fig = light["lab_cost"]
     named = [text for trace in fig.data for text in trace.text if text]

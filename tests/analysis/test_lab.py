@@ -116,7 +116,7 @@ def test_mean_and_spread_over_seeds(tmp_path):
     assert row.mean.value == pytest.approx(0.11) and row.deviation == pytest.approx(0.01) and row.seeds == (0, 1, 2)
     assert found.row("gate").deviation is None and found.difference(found.reference) is None
     assert found.difference(row).value == pytest.approx(-0.49)
-    assert [found.rows[0].variant, found.rows[-1].variant] == ["stack-2d", "gate"]
+    assert [found.rows[0].variant, found.rows[-1].group] == ["stack-2d", "budget"]
 
 
 def test_signs_beside_the_papers(tmp_path):
@@ -127,6 +127,7 @@ def test_signs_beside_the_papers(tmp_path):
         **{"string": "cannot decide", "stack-grid": "disagrees", "start-0": "not in the paper"},
         **{"start-last": "not in the paper", "layers-2": "agrees", "interval-2": "agrees"},
         **{"global-deeper": "not in the paper", "global-deeper-6": "agrees", "gate": "not in the paper"},
+        **dict.fromkeys(("budget-50", "budget-25", "budget-50-random"), "not in the paper"),
     }
     assert "holds zero" in found.judge(found.row("concat")).why
     assert "below 1" in found.judge(found.row("string")).why  # 50.7 against 51.1 on average …

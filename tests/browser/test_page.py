@@ -322,7 +322,7 @@ def test_the_lab_beside_the_paper_and_step_by_step(visit, tiny_server: Server) -
     expect(page.locator("#dl-lab-head")).to_contain_text("agree with the paper in sign")
     expect(page.locator("#dl-lab-variants .js-plotly-plot")).to_have_count(1)
     rows = page.locator(".dl-lab-table th[scope=row]")
-    expect(rows).to_have_count(13)
+    expect(rows).to_have_count(16)
     expect(page.locator(".dl-lab-again", has_text="lab run none --seeds 0,1,2 --steps 2000")).to_have_count(1)
     slider = page.get_by_label("Sets dealt")
     expect(slider).to_have_value("4")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from analysis import lab as reading
@@ -12,7 +14,7 @@ from app.session import Focus
 from app.tabs import lab
 from model.errors import UserError
 from tests import lab as made
-from tests.app.given import HIRES, skipped
+from tests.app.given import HIRES, SINGLE, skipped
 from tests.lab import line
 
 CHOICES = ("", "fine", "AVG", "context", None)  # setting, metric, bench, cost, curves
@@ -29,7 +31,7 @@ def results(tmp_path, monkeypatch):
 def test_without_results_the_commands_stand_there(desk, results):
     head, body, *rest = lab.results(desk, False, *CHOICES)
     assert "No results yet" in head and "app lab run stack-2d none dummy" in head.replace("&#45;", "-")
-    assert body.visible is False and rest[2] == "" and rest[3:] == [None] * 4
+    assert body.visible is False and rest[2] == "" and rest[3:] == [None] * 5
     made.write(results, [])
     assert lab.results(desk, False, *CHOICES)[0] == head
     with pytest.raises(UserError, match="no results yet; run python -m app lab run stack-2d"):
@@ -47,7 +49,7 @@ def test_a_broken_line_is_said_on_the_page(desk, results):
 def test_all_views_of_a_full_file(desk, results):
     made.write(results)
     head, body, setting, curves, table, *plots = lab.results(desk, True, *CHOICES)
-    assert body.visible and setting.value == "2,000 steps on cpu" and len(plots) == 4 and all(p.data for p in plots)
+    assert body.visible and setting.value == "2,000 steps on cpu" and len(plots) == 5 and all(p.data for p in plots)
     assert "<b>5</b> agree with the paper in sign, <b>1</b> disagree, <b>2</b> cannot decide" in head
     assert curves.value == ["stack-2d", "none", "dummy", "string", "concat"]
     for variant in made.MADE_UP:
@@ -61,7 +63,7 @@ def test_choices_change_what_is_shown(desk, results):
     made.write(results, [*(line(name) for name in made.MADE_UP), line("none", steps=9), line("stack-2d", steps=9)])
     wide = lab.results(desk, False, "9 steps on cpu", "coarse", "DocVQA", "step_seconds", ["none", "gone"])
     assert wide[2].value == "9 steps on cpu" and wide[3].value == ["none"]
-    assert "31.7 (-7.0)" in wide[4] and "90.0" in wide[4] and "time of a training step" in wide[8].to_json()
+    assert "31.7 (-7.0)" in wide[4] and "90.0" in wide[4] and "time of a training step" in wide[9].to_json()
     assert wide[6] is not None and len(wide[7].data) == 1
     for wrong in (("7 steps", *CHOICES[1:]), ("", "beauty", "AVG", "context", None), ("", "fine", "AVG", "luck", None)):
         with pytest.raises(UserError, match="no runs of|no metric|no cost"):
@@ -70,7 +72,7 @@ def test_choices_change_what_is_shown(desk, results):
 
 def test_without_the_reference_nothing_is_compared(desk, results):
     made.write(results, [line("none")])
-    head, *_, table, variants, axes, _, _ = lab.results(desk, False, *CHOICES)
+    head, _, _, _, table, variants, axes, *_ = lab.results(desk, False, *CHOICES)
     assert "has not been run at this setting" in head and "lab run stack-2d --seeds 0 --steps 2000" in head.replace(
         "&#45;", "-"
     )
@@ -112,3 +114,20 @@ def test_numbers_with_prefixes():
 def test_the_picture_follows_the_image_in_focus(desk, focus):
     assert lab.deal(desk, HIRES, Focus()) is None
     assert lab.deal(desk, HIRES, focus)["name"] == "receipt.png"
+
+
+def test_what_a_budget_keeps_is_shown_on_the_image(desk, focus):
+    """Of 16 rows: 4 keep all four stacks, 4 the first two; a question that is not there is asked for."""
+    for ranking in ("norm", "question"):
+        lacks, figure = lab.keep(desk, ranking, 50, False, HIRES, focus)
+        values = np.array([trace.z for trace in figure.data if trace.type == "heatmap"][0], float)
+        counts = {n: int((values == n).sum()) for n in (2, 4)}
+        assert lacks == "" and counts == {2: 4, 4: 4} and np.isnan(values).sum() == 8
+    assert "No image yet" in lab.keep(desk, "norm", 50, False, HIRES, Focus())[0]
+    assert "No question yet" in lab.keep(desk, "question", 50, False, HIRES, replace(focus, question=" "))[0]
+    assert lab.keep(desk, "norm", 50, False, HIRES, replace(focus, question=""))[1] is not None
+    said, figure = lab.keep(desk, "norm", 50, False, SINGLE, focus)
+    assert "adds no stacks" in said and figure is None
+    for wrong in (("luck", 50), ("norm", 0), ("norm", 101)):
+        with pytest.raises(UserError, match="A budget is ranked norm or question, above 0 to 100 %"):
+            lab.keep(desk, *wrong, False, HIRES, focus)

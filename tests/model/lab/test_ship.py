@@ -189,14 +189,17 @@ def test_another_tower_is_refused(shipped, tmp_path, tower, mark, words):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("gate-channel", "cannot be shipped: a plan cannot say its gate"),
-        ("layer-positions", "cannot say its positions"),
-        ("budget-50", "cannot say its keep_all, keep_some"),
-        ("inconsistent-resize", "cannot say its consistent"),
+        ("gate-channel", "cannot be shipped: no model of the app has its gate"),
+        ("layer-positions", "has its positions"),
+        ("budget-50", "has its keep_all, keep_some"),
+        ("budget-50-question", "has its keep_all, keep_some, keep_by"),
+        ("inconsistent-resize", "has its consistent"),
+        ("deepstack-v-3", "has its tuned, tower_start"),
+        ("taps-3", "has its merge"),
         ("start-last", "added after the last layer"),
     ],
 )
-def test_what_no_plan_can_say_is_refused(workdir, name, words):
+def test_what_no_family_can_run_is_refused(workdir, name, words):
     with pytest.raises(UserError, match=words):
         ship.trained(job(name), workdir)
 
