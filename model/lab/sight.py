@@ -18,7 +18,9 @@ from model.training import tower as towers
 from model.training import twins
 
 
-def states(tower: CLIPVisionModel, views: Tensor, stacks: Mapping[int, Tensor] | None = None, stop: int | None = None):
+def states(
+    tower: CLIPVisionModel, views: Tensor, stacks: Mapping[int, Tensor] | None = None, stop: int | None = None
+) -> list[Tensor]:
     """The tokens of views `[n, 3, 64, 64]` before each layer of the tower, before what enters there is added, and after
     the last: `[n, 65, width]` each, the class token first.
 

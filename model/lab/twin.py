@@ -88,11 +88,12 @@ class LabTwin(Twin):
         return logits, result
 
     def see(self, read: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """What the tower makes of pixels, its matrices multiplied in `dtype`; all else is given back as it is."""
+        """What the tower makes of pixels, its matrices multiplied in `dtype` where it is tuned, else in float32 as the
+        cache's features were made; all else is given back as it is."""
         if read.ndim != PIXELS:
             return read
         learning = self.variant.tuned and torch.is_grad_enabled()
-        mixed = dtype != torch.float32
+        mixed = self.variant.tuned and dtype != torch.float32
         with torch.set_grad_enabled(learning), torch.autocast(read.device.type, dtype, enabled=mixed):
             return sight.see(self.model.model.vision_tower, self.variant, read).float()
 

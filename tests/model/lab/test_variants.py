@@ -444,6 +444,8 @@ def test_each_row_holds_the_four_tokens_under_it_of_its_block(made, pixels, name
                 wanted = twin.mergers[number - 1](read)
                 torch.testing.assert_close(stacks[number][0, 10], wanted, atol=1e-4, rtol=1e-4)
     assert [*stacks] == [*range(1, len(blocks))] and base.shape[1] == LOW**2
+    where, below, count = landing(variant, LAYERS)
+    assert count == LOW**2 and torch.equal(where, below) and where[[at(2, 4), at(3, 5)]].tolist() == [10, 10]
 
 
 @pytest.mark.parametrize("name", ["taps-3", "taps-3-last", "taps-samples"])
