@@ -218,11 +218,11 @@
       const coarse = { name: 'global view', grid: [g, g], src: '' };
       if (!stacks.length) return [coarse];
       const side = Math.ceil(Math.sqrt(stacks.length));
-      const owners = [];
-      for (let r = 0; r < g * 2; r++) {
-        owners.push(Array.from({ length: g * 2 }, (_, c) => stacks[(r % side) * side + (c % side)] || ''));
-      }
-      return [coarse, { name: 'high-resolution view', grid: [g * 2, g * 2], src: '', owners }];
+      const fine = g * side; // as many high-resolution tokens as all samples hold
+      const owners = Array.from({ length: fine }, (_, r) =>
+        Array.from({ length: fine }, (_, c) => stacks[(r % side) * side + (c % side)] || ''),
+      );
+      return [coarse, { name: 'high-resolution view', grid: [fine, fine], src: '', owners }];
     }
 
     function drawView(canvas, view, x, y, wide, high) {
