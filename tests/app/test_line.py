@@ -189,11 +189,12 @@ def test_every_event_that_runs_a_model_says_the_place_in_its_own_tab(zoo):
     demo = page.build(zoo)
     lines = [block for block in demo.blocks.values() if "dl-waiting" in (getattr(block, "elem_classes", None) or [])]
     model = [fn for fn in demo.fns.values() if fn.concurrency_id == "model"]
-    assert len(lines) == 4  # chat, layers, compare, stacks
+    assert len(lines) == 5  # chat, layers, compare, stacks, lab
     assert {fn.outputs[-1]._id for fn in model} == {line._id for line in lines}
     assert {fn.api_name for fn in model} == {
         "ask", "ask_example", "retry", "edit", "resume", "look", "answer_again", "heads", "download", "compare",
         "compare_question", "live", "ask_live", "open_stacks", "reopen_layers", "live_example_answer",
+        "keep", "keep_ranking", "keep_share",
     }  # fmt: skip
     fn = next(fn for fn in model if fn.api_name == "ask_example").fn
     desk = next(cell.cell_contents for cell in fn.__closure__ if type(cell.cell_contents).__name__ == "Desk")
