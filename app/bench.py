@@ -72,6 +72,8 @@ def run(options: argparse.Namespace) -> Outcome:
         f"{engine.name} on {data['device']} ({data['machine']}), {data['dtype']}: medians of {ROUNDS} rounds in turn"
     )
     said = f"{title}, answers of up to {TOKENS} tokens\n{table(['what', 'figure'], rows)}"
+    if any(source.tap is None for source in engine.layout.sources[1:]):
+        said += "\nPlain transformers sees the global view alone; the answers' vision tower sees the stacks' views too."
     more = f"Medians of {scaling.ROUNDS} rounds, answers of {scaling.TOKENS} tokens each.\n"
     more += scaling.tables(grown, engine.together.why_not)
     warning = f"{RANDOM}\n\n" if drawn else ""
