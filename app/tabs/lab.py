@@ -157,9 +157,9 @@ def chosen(runs: Sequence[Run], setting: str, metric: str, bench: str) -> tuple[
 def empty() -> str:
     """What is shown while nothing has been run."""
     words = (
-        "Nothing has been trained here so far, so there is no number to show. One run of the small configuration takes "
-        "about ten minutes on one CPU core; each is one line of assets/lab/results.jsonl, and this tab reads nothing "
-        "else."
+        "Nothing has been trained here so far, so there is no number to show. One run of the small configuration took "
+        "13 minutes on one core of a CPU with AMX; each is one line of assets/lab/results.jsonl, and this tab reads "
+        "nothing else."
     )
     return (
         f'<div class="dl-empty"><b>No results yet</b><p>{words}</p>'
