@@ -51,7 +51,7 @@ class Sight:
 
 
 class FeatureCache:
-    """Features by image content, least recently used out first, up to `max_bytes`."""
+    """Features by image content and source, least recently used image out first, up to `max_bytes`."""
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
@@ -59,22 +59,23 @@ class FeatureCache:
         self._items: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: str) -> dict[str, Tensor] | None:
-        """The features of this image, None if they are not held."""
+    def get(self, key: str) -> dict[str, Tensor]:
+        """What is held of this image, by source; empty where nothing is."""
         with self._lock:
-            found = self._items.get(key)
-            if found is not None:
+            if key in self._items:
                 self._items.move_to_end(key)
-            return found
+            return self._items.get(key, {})
 
-    def put(self, key: str, features: dict[str, Tensor]) -> None:
-        """Holds these features, unless they alone are over the limit."""
-        size = _bytes(features)
+    def add(self, key: str, features: dict[str, Tensor]) -> None:
+        """Holds these features beside the image's others, unless all of them together are over the limit."""
         with self._lock:
-            if key in self._items or size > self.max_bytes:
+            held = self._items.get(key, {})
+            joined = {**features, **held}
+            if _bytes(joined) > self.max_bytes:
                 return
-            self._items[key] = features
-            self.bytes += size
+            self._items[key] = joined
+            self._items.move_to_end(key)
+            self.bytes += _bytes(joined) - _bytes(held)
             while self.bytes > self.max_bytes:
                 self.bytes -= _bytes(self._items.popitem(last=False)[1])
 
@@ -218,78 +219,91 @@ class Engine:
             )
 
     def see(self, prompt: Prompt, plan: Plan | None = None) -> Sight:
-        """The vision tower, once per image and what enters the tower itself: each image alone, cached by content.
+        """What the vision tower makes of each image for this plan: the rows that it brings into the LLM.
 
-        plan: of which only that part matters; the default plan if none is given.
+        Without a plan, every source of the layout, under what of the default plan enters the tower itself. Each image
+        goes through the tower alone and once; what is held of it, by content, is completed with what is missing.
         """
-        start = time.perf_counter()
-        cached = True
-        how: dict[str, Any] = {} if prompt.extra["alone"] else {"alone": False}
-        mark = ""
-        if self.layout.tower:
-            how["tower"] = (self.layout.default if plan is None else plan.validate(self.layout)).tower
-            mark = f" {how['tower']}"
-        seen = []
-        for image, content in zip(prompt.images, prompt.extra["image_keys"], strict=True):
-            key = content + mark
-            features = self.cache.get(key)
-            if features is None:
-                with self._device():
-                    features = self.cache.get(key)  # another request may have made it meanwhile
-                    if features is None:
-                        cached = False
-                        # Not in inference mode, even inside an answer: a later differentiable pass uses them too.
-                        with torch.inference_mode(False), torch.no_grad():
-                            seen_now = self.adapter.encode(image, **how)
-                            features = {k: v.to(self.device, self.dtype) for k, v in seen_now.items()}
-                        self.cache.put(key, features)
-            seen.append(features)
-        names = [source.name for source in self.layout.sources] if seen else []
-        joined = {name: torch.cat([f[name] for f in seen]) if len(seen) > 1 else seen[0][name] for name in names}
-        return Sight(joined, time.perf_counter() - start, cached)
+        if plan is None:
+            return self._look(prompt, [source.name for source in self.layout.sources], self.layout.default.tower)
+        return self._see_all(prompt, [plan])
 
     def _see_all(self, prompt: Prompt, plans: Sequence[Plan]) -> Sight:
-        """What each of these plans sees, the images once per part of a plan that enters the vision tower.
+        """What these plans need together, the images once per part of a plan that enters the vision tower.
 
         Rows are [N, d], or [B, N, d] where those parts differ.
         """
+        names = list(dict.fromkeys(e.source for plan in plans for e in plan.validate(self.layout) if not e.in_tower))
         towers = [plan.tower for plan in plans]
-        seen = {tower: self.see(prompt, tower) for tower in dict.fromkeys(towers)}
+        seen = {tower: self._look(prompt, names, tower) for tower in dict.fromkeys(towers)}
         if len(seen) == 1:
             return seen[towers[0]]
-        names = seen[towers[0]].features
         joined = {name: torch.stack([seen[tower].features[name] for tower in towers]) for name in names}
         sights = seen.values()
         return Sight(joined, sum(sight.seconds for sight in sights), all(sight.cached for sight in sights))
 
-    def _taps(self, prompt: Prompt, plans: Sequence[Plan]) -> dict[str, Tensor]:
-        """Rows of the untrained taps that these plans ask for: source -> [N, d], cached like what `see` gives."""
-        wanted = {name for plan in plans for name in plan.sources()}
-        names = [source.name for source in self.layout.untrained if source.name in wanted]
-        rows: dict[str, list[Tensor]] = {name: [] for name in names}
-        for image, key in zip(prompt.images, prompt.extra["image_keys"], strict=True):
-            held = {name: self.cache.get(f"{key} {name}") for name in names}
-            missing = [name for name in names if held[name] is None]
-            if missing:
-                with self._device(), torch.inference_mode(False), torch.no_grad():  # see `see`
-                    for name, tensor in self.adapter.encode_taps(image, missing).items():
-                        held[name] = {name: tensor.to(self.device, self.dtype)}
-                        self.cache.put(f"{key} {name}", held[name])
+    def _look(self, prompt: Prompt, names: Sequence[str], tower: Plan) -> Sight:
+        """The rows of these sources, which enter the LLM, under a `tower` plan, which enters the vision tower."""
+        start = time.perf_counter()
+        how: dict[str, Any] = {} if prompt.extra["alone"] else {"alone": False}
+        mark = f" {tower}" if self.layout.tower else ""
+        rows, cached = {name: [] for name in names if prompt.images}, True
+        for image, content in zip(prompt.images, prompt.extra["image_keys"], strict=True):
+            if tower and names:
+                entering, held = self._features(image, content, tower.sources(), how)
+                how_here = {**how, "entering": tuple((entry, entering[entry.source]) for entry in tower)}
+                cached &= held
+            else:
+                how_here = how
+            features, held = self._features(image, content + mark, names, how_here)
+            cached &= held
             for name in names:
-                rows[name].append(held[name][name])
-        return {name: torch.cat(each) for name, each in rows.items() if each}
+                rows[name].append(features[name])
+        joined = {name: torch.cat(each) if len(each) > 1 else each[0] for name, each in rows.items()}
+        return Sight(joined, time.perf_counter() - start, cached)
+
+    def _features(
+        self, image: Image.Image, key: str, names: Sequence[str], how: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], bool]:
+        """(at least these sources of one image, whether all of them were held); what is made now is held as `key`."""
+
+        def missing() -> list[str]:
+            return [name for name in names if name not in held]
+
+        held = self.cache.get(key)
+        if not missing():
+            return held, True
+        with self._device():
+            held = self.cache.get(key)  # another request may have made it meanwhile
+            if not missing():
+                return held, True
+            untrained = {source.name for source in self.layout.untrained}
+            taps = [name for name in missing() if name in untrained]
+            trained = [name for name in missing() if name not in untrained]
+            made: dict[str, Tensor] = {}
+            # Not in inference mode, even inside an answer: a later differentiable pass uses them too.
+            with torch.inference_mode(False), torch.no_grad():
+                if trained:
+                    made |= self.adapter.encode(image, trained, **how)
+                if taps:
+                    made |= self.adapter.encode_taps(image, taps)
+                made = {name: rows.to(self.device, self.dtype) for name, rows in made.items()}
+            self.cache.add(key, made)
+        return {**made, **held}, False
 
     def features(self, prompt: Prompt, plan: Plan | None = None) -> Tensor:
         """What each source of the LLM adds at gain 1: [sources, N, d] in the order of `Layout.rows_for(plan)`.
 
         Without a plan, of the default one.
         """
-        plan = self.layout.default if plan is None else plan
-        sources = self.layout.rows_for(plan)
-        seen = {**self.see(prompt, plan).features, **self._taps(prompt, [plan])}
-        if not seen:
-            return torch.zeros(len(sources), 0, self.layout.hidden_size, device=self.device)
-        return torch.stack([seen[source.name] for source in sources])
+        plan = self.layout.default if plan is None else plan.validate(self.layout)
+        names = [source.name for source in self.layout.rows_for(plan)]
+        return self._stacked(prompt, names, self._look(prompt, names, plan.tower).features)
+
+    def _stacked(self, prompt: Prompt, names: Sequence[str], seen: dict[str, Tensor]) -> Tensor:
+        """[sources, N, d] in the order of `names`; zeros for what was not looked at."""
+        empty = torch.zeros(prompt.visual_tokens, self.layout.hidden_size, device=self.device, dtype=self.dtype)
+        return torch.stack([seen.get(name, empty) for name in names])
 
     # Answers
 
@@ -445,7 +459,9 @@ class Engine:
         ids = _ids(answer)
         rows = len(row_gains) if row_gains.ndim == 3 else 1
         of_pass(self, prompt, rows, len(ids), grad=torch.is_grad_enabled()).check(self)
-        features = self.features(prompt, plan) * row_gains.to(self.device, self.dtype)[..., None]
+        names = [source.name for source in self.layout.rows_for(plan)]
+        seen = self.see(prompt, plan).features  # of the sources in the plan: the others play no part
+        features = self._stacked(prompt, names, seen) * row_gains.to(self.device, self.dtype)[..., None]
         with torch.set_grad_enabled(torch.is_grad_enabled()), self._device():
             out = self._chosen(self._run(prompt, [plan], ids, features=features), ids)
         return out if row_gains.ndim == 3 else out[0]
@@ -523,13 +539,15 @@ class Engine:
         recorder: Recorder | None = None,
         cache: DynamicCache | None = None,
         begin: int = 0,
+        seen: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """One pass over prompt + answer_ids with injection: normed hidden states [B, T - begin, d].
 
-        The `begin` first positions are in `cache` already, under the same plans. Call under the lock.
+        The `begin` first positions are in `cache` already, under the same plans; seen: what `_see_all` gave for these
+        plans, where that is known. Call under the lock.
         """
         if features is None:
-            seen = {**self._see_all(prompt, plans).features, **self._taps(prompt, plans)}
+            seen = self._see_all(prompt, plans).features if seen is None else seen
             batch = len(plans)
         else:
             sources = self.layout.rows_for(plans[0])
@@ -752,7 +770,7 @@ class Generation:
         self._sight = engine._see_all(self.prompt, plans)
         cache = self._part.cache = DynamicCache(config=engine.adapter.decoder.config)
         begin = engine.prefixes.take_up(cache, self._marks(), plans, engine.shortest_prefix)
-        hidden = engine._run(self.prompt, plans, (), cache=cache, begin=begin)
+        hidden = engine._run(self.prompt, plans, (), cache=cache, begin=begin, seen=self._sight.features)
         return engine._logits(hidden[:, -1])
 
     def _wanted(self) -> Wanted:

@@ -135,11 +135,14 @@ class Family(ABC):
         return self.image_token * sum(region.grid[0] * region.grid[1] for region in self.regions(image, alone))
 
     @abstractmethod
-    def encode(self, image: Image.Image) -> dict[str, Tensor]:
-        """The vision tower on one image: source name -> [N, d], every source of the layout.
+    def encode(self, image: Image.Image, names: Sequence[str]) -> dict[str, Tensor]:
+        """The vision tower on one image: source name -> [N, d], at least of `names`, sources of the layout.
 
-        Rows are row-major over each of the image's regions, in order. A family that mixes images takes `alone` too; one
-        whose layout has a `tower` takes `tower`, what of a plan enters there.
+        Only what these need goes through the tower; what comes out of the same run is given too. The rest is asked for
+        when a plan wants it, so a source's rows must not depend on what is asked for beside it. Rows are row-major over
+        each of the image's regions, in order. A family that mixes images takes `alone` too. One whose layout has a
+        `tower` gives those sources as well, as wide as the tower is, and takes `entering`: what of a plan enters the
+        tower, an entry and its source's rows each.
         """
 
     def encode_taps(self, image: Image.Image, names: Sequence[str]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ is refused.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,20 +200,25 @@ class DeepStackLlama(DeepStackLlava):
             Region((rows, columns + 1), (0, 0, beyond, image.height), "high-resolution view"),
         )
 
-    def encode(self, image: Image.Image) -> dict[str, Tensor]:
+    def encode(self, image: Image.Image, names: Sequence[str]) -> dict[str, Tensor]:
         if not self.hd:
-            return super().encode(image)
+            return super().encode(image, names)
         image = image.convert("RGB")
         high, grid = self.high_resolution(image)
-        views = self._project([self.low_resolution(image), *tiles(high, self.tile)])
-        # Every view once more, `scale` times as large, in tiles of its own: its sets are as large as the view itself.
-        wide = self.scale * self.tile
-        larger = [self._stretched(image, (1, 1)), *tiles(self._stretched(image, grid), wide)]
-        seen = self._project([tile for view in larger for tile in tiles(view, self.tile)])
-        square, count = (self.scale, self.scale), self.scale**2
-        sets = [sample(mosaic(of_view, square), square, count) for of_view in seen.split(count)]
-        stacks = [torch.stack(sets_k).unflatten(1, (self.side, self.side)) for sets_k in zip(*sets, strict=True)]
-        return {BASE: self._packed(views, grid), **{str(k): self._packed(s, grid) for k, s in enumerate(stacks)}}
+        found: dict[str, Tensor] = {}
+        if BASE in names:
+            views = self._project([self.low_resolution(image), *tiles(high, self.tile)])
+            found[BASE] = self._packed(views, grid)
+        if set(names) - {BASE}:
+            # Every view once more, `scale` times as large, in tiles of its own: its sets are as large as the view.
+            wide = self.scale * self.tile
+            larger = [self._stretched(image, (1, 1)), *tiles(self._stretched(image, grid), wide)]
+            seen = self._project([tile for view in larger for tile in tiles(view, self.tile)])
+            square, count = (self.scale, self.scale), self.scale**2
+            sets = [sample(mosaic(of_view, square), square, count) for of_view in seen.split(count)]
+            stacks = [torch.stack(sets_k).unflatten(1, (self.side, self.side)) for sets_k in zip(*sets, strict=True)]
+            found |= {str(k): self._packed(rows, grid) for k, rows in enumerate(stacks)}
+        return found
 
     def _project(self, views: list[Image.Image]) -> Tensor:
         """Views of one tile each -> [B, side, side, d], in the residual stream's width."""

@@ -169,34 +169,45 @@ class DeepStackLlava(Family):
             states = states[:, 1:]
         return states.unflatten(1, (self.side, self.side))
 
-    def encode(self, image: Image.Image) -> dict[str, Tensor]:
+    def encode(self, image: Image.Image, names: Sequence[str]) -> dict[str, Tensor]:
         image = image.convert("RGB")
         project = self.model.model.multi_modal_projector
         merge, n_sets = self.settings["merge"], self.settings["num_crops"]
-        if merge != "string":
-            # The global view goes alone, as in plain LLaVA: in a batch with the tiles its last bits would depend on
-            # them.
-            low = self._features(self._pixels([self.low_resolution(image)]))
-            low = low.flatten(0, 2)  # [N, vision width]
+        if merge == "stack":
+            found = {BASE: project(self._low(image))} if BASE in names else {}
+            if set(names) - {BASE}:
+                seen, grid = self._high(image)
+                stacks = sample(mosaic(project(seen), grid), grid, n_sets, self.settings["sampling"])
+                found |= {str(k): rows for k, rows in enumerate(stacks)}
+            return found
+        if merge == "string":
+            seen, grid = self._high(image)
+            return {BASE: mosaic(project(seen), grid).flatten(0, 1)}
+        low = self._low(image)
         if merge == "none":
             return {BASE: project(low)}
         if merge == "dummy":
             base = project(low)
             return {BASE: base, **{str(k): base for k in range(n_sets)}}
-        high, grid = self.high_resolution(image)
-        seen = self._features(self._pixels(tiles(high, self.tile)))
+        seen, grid = self._high(image)
         if merge == "concat":
             sets = sample(mosaic(seen, grid), grid, n_sets, self.settings["sampling"])
             return {BASE: project(torch.cat([low, *sets], dim=-1))}
         rows = mosaic(project(seen), grid)
-        if merge == "string":
-            return {BASE: rows.flatten(0, 1)}
         if merge == "global-string":
             return {BASE: torch.cat([project(low), rows.flatten(0, 1)])}
-        stacks = sample(rows, grid, n_sets, self.settings["sampling"])
-        if merge == "average":
-            return {BASE: project(low) + torch.stack(stacks[: grid[0] * grid[1]]).mean(0)}
-        return {BASE: project(low), **{str(k): rows for k, rows in enumerate(stacks)}}
+        stacks = sample(rows, grid, n_sets, self.settings["sampling"])  # merge "average"
+        return {BASE: project(low) + torch.stack(stacks[: grid[0] * grid[1]]).mean(0)}
+
+    def _low(self, image: Image.Image) -> Tensor:
+        """The global view's tokens [N, vision width]. It goes alone, as in plain LLaVA: in a batch with the tiles its
+        last bits would depend on them."""
+        return self._features(self._pixels([self.low_resolution(image)])).flatten(0, 2)
+
+    def _high(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
+        """The tokens of the high-resolution view's tiles [B, side, side, vision width], and the tiles' grid."""
+        high, grid = self.high_resolution(image)
+        return self._features(self._pixels(tiles(high, self.tile))), grid
 
     def views(self, image: Image.Image) -> tuple[View, ...]:
         image = image.convert("RGB")

@@ -15,6 +15,7 @@ code adds five layers of its own, is refused.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
@@ -26,7 +27,7 @@ from model.families.deepstack_llama import DeepStackLlama, stack_scale
 from model.families.deepstack_llava import NOTES, mosaic, owners_of, sample, set_label, settings_of, tiles
 from model.instrument import Injection, Pass, active, hook_layers
 from model.layout import Layout, StackSource
-from model.plan import BASE, VISION, Plan
+from model.plan import BASE, VISION, Entry, Plan, enters_tower
 from model.types import View
 
 ARGUMENT = "deepstack_vit"
@@ -79,12 +80,20 @@ class DeepStackV(DeepStackLlama):
         """The high-resolution view (stretched, not padded) and its tiles: as many rows as columns."""
         return self._stretched(image, (1, 1)), (self.scale, self.scale)
 
-    def encode(self, image: Image.Image, tower: Plan) -> dict[str, Tensor]:
+    def encode(
+        self, image: Image.Image, names: Sequence[str], entering: Sequence[tuple[Entry, Tensor]] = ()
+    ) -> dict[str, Tensor]:
         image = image.convert("RGB")
+        found = self._sets(image) if any(map(enters_tower, names)) else {}
+        if BASE in names:
+            found[BASE] = self._base(image, entering)
+        return found
+
+    def _base(self, image: Image.Image, entering: Sequence[tuple[Entry, Tensor]]) -> Tensor:
+        """The global view's rows for the LLM [N, d], with what enters the tower."""
         injections: dict[int, list[Injection]] = {}
-        rows = self._sets(image) if tower else {}
-        for entry in tower:
-            injections.setdefault(entry.layer, []).append(Injection(entry.source, (entry.gain,), rows[entry.source]))
+        for entry, rows in entering:
+            injections.setdefault(entry.layer, []).append(Injection(entry.source, (entry.gain,), rows))
         pixels = self._pixels([self.low_resolution(image)])
         current = Pass(injections, torch.arange(1, 1 + self.side**2, device=pixels.device))  # 0 is the class token
         with active(current):
@@ -92,7 +101,7 @@ class DeepStackV(DeepStackLlama):
         at = self.vision_layer % len(states)
         # A recorded state is the output of the layer before; only the first one already has what enters there.
         seen = current.before_layer(at, states[at]) if at else states[0]
-        return {BASE: self.model.model.multi_modal_projector(self._square(seen)).flatten(0, 2)}
+        return self.model.model.multi_modal_projector(self._square(seen)).flatten(0, 2)
 
     def _sets(self, image: Image.Image) -> dict[str, Tensor]:
         """Vision stack -> [N, vision width]: the tiles' tokens before vision layer `start`, dilated."""

@@ -56,8 +56,8 @@ class GraniteDocling(Granite):
         stacks = {str(k): rows[0] for k, rows in enumerate(seen.deepstack_features)}
         return {BASE: base, **stacks}
 
-    def encode(self, image: Image.Image) -> dict[str, Tensor]:
-        return self._in_order(image, super().encode(image))
+    def encode(self, image: Image.Image, names: Sequence[str]) -> dict[str, Tensor]:
+        return self._in_order(image, super().encode(image, names))
 
     def encode_taps(self, image: Image.Image, names: Sequence[str]) -> dict[str, Tensor]:
         pixels, tower = self.pixels([image]), self.model.model.vision_model

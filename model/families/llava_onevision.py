@@ -28,9 +28,9 @@ class LlavaOnevision(LlavaNext):
     def pixels(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         return dict(self.processor(images=[list(images)], return_tensors="pt"))  # a list of lists: one prompt's images
 
-    def encode(self, image: Image.Image, alone: bool = True) -> dict[str, Tensor]:
+    def encode(self, image: Image.Image, names: Sequence[str], alone: bool = True) -> dict[str, Tensor]:
         if alone:
-            return super().encode(image)
+            return super().encode(image, names)
         both = self.pixels([image, image])  # of two images the processor makes one view each
         one = {name: both[name][:1] for name in ("pixel_values", "image_sizes")}
         return self.sources(self.features({**one, "batch_num_images": both["batch_num_images"]}))

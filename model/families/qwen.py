@@ -155,7 +155,7 @@ class Qwen(Family):
         values = groups.permute(0, 2, 3, 1, 4).flatten(2).flatten(0, 1)
         return {"pixel_values": values, "image_grid_thw": seen["image_grid_thw"][::together]}
 
-    def encode(self, image: Image.Image) -> dict[str, Tensor]:
+    def encode(self, image: Image.Image, names: Sequence[str]) -> dict[str, Tensor]:
         inputs = self.pixels(image)
         seen = self.model.model.get_image_features(
             inputs["pixel_values"].to(self.model.device), inputs["image_grid_thw"].to(self.model.device)

@@ -59,7 +59,7 @@ class Released(Family):
         """What the processor makes of the images of one prompt, as the model takes it."""
         return dict(self.processor(images=list(images), return_tensors="pt"))
 
-    def encode(self, image: Image.Image) -> dict[str, Tensor]:
+    def encode(self, image: Image.Image, names: Sequence[str]) -> dict[str, Tensor]:
         return self.sources(self.features(self.pixels([image])))
 
     def features(self, pixels: dict[str, Tensor]):

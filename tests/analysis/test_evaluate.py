@@ -53,9 +53,9 @@ def test_scores_are_the_counts(folder):
 def test_each_image_is_seen_once_however_its_questions_are_spread(folder, monkeypatch):
     engine, records, root = folder
     encode, seen = engine.adapter.encode, []
-    monkeypatch.setattr(engine.adapter, "encode", lambda image: seen.append(image.size) or encode(image))
+    monkeypatch.setattr(engine.adapter, "encode", lambda image, names: seen.append(image.size) or encode(image, names))
     engine.cache.clear()
-    one = sum(t.nbytes for t in encode(tiny.image(0)).values())
+    one = sum(t.nbytes for t in encode(tiny.image(0), ["base", "0"]).values())
     monkeypatch.setattr(engine.cache, "max_bytes", one)  # questions of one image must follow one another
     scoring.evaluate(engine, records, root=root, sampling=SHORT)
     assert len(seen) == 2

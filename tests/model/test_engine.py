@@ -162,10 +162,10 @@ def test_the_tower_runs_once_per_image_whatever_the_plans(kind, monkeypatch):
     runs = []
     real = engine.adapter.encode
 
-    def slow(image):
+    def slow(image, names):
         runs.append(image)
         time.sleep(0.02)
-        return real(image)
+        return real(image, names)
 
     monkeypatch.setattr(engine.adapter, "encode", slow)
     prompt = prompt_of(kind, 11)
@@ -211,16 +211,31 @@ def test_features_seen_by_an_answer_can_be_differentiated_through(kind):
 def test_the_cache_forgets_the_least_recently_used_beyond_its_bytes():
     cache = FeatureCache(max_bytes=100)
     rows = {"base": torch.zeros(10)}  # 40 bytes
-    cache.put("a", rows)
-    cache.put("b", rows)
-    assert cache.get("a") is rows
-    cache.put("c", rows)
-    assert cache.get("b") is None and cache.get("a") is rows and cache.get("c") is rows
+    cache.add("a", rows)
+    cache.add("b", rows)
+    assert cache.get("a") == rows
+    cache.add("c", rows)
+    assert cache.get("b") == {} and cache.get("a") == rows and cache.get("c") == rows
     assert cache.bytes == 80 and len(cache) == 2
-    cache.put("huge", {"base": torch.zeros(100)})
-    assert cache.get("huge") is None and len(cache) == 2
+    cache.add("huge", {"base": torch.zeros(100)})
+    assert cache.get("huge") == {} and len(cache) == 2
     cache.clear()
     assert cache.bytes == len(cache) == 0
+
+
+def test_the_cache_completes_what_it_holds_of_an_image():
+    cache = FeatureCache(max_bytes=100)
+    first, second = {"base": torch.zeros(10)}, {"0": torch.ones(5)}  # 40 and 20 bytes
+    cache.add("a", first)
+    cache.add("b", {"base": torch.zeros(5)})
+    cache.add("a", second)
+    assert cache.get("a") == first | second and (cache.bytes, len(cache)) == (80, 2)
+    cache.add("a", {"1": torch.ones(10)})  # the other image goes, not this one
+    assert set(cache.get("a")) == {"base", "0", "1"} and cache.get("b") == {} and cache.bytes == 100
+    cache.add("a", {"2": torch.ones(1)})  # with which this image alone would be over the limit
+    assert "2" not in cache.get("a") and cache.bytes == 100
+    cache.add("a", {"base": torch.ones(10)})
+    assert cache.get("a")["base"] is first["base"] and cache.bytes == 100
 
 
 # Scores and differentiable passes

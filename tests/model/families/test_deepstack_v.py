@@ -43,7 +43,10 @@ def hidden_before(loaded, prompt, plan):
         for at, layer in enumerate(layers)
     ]
     try:
-        loaded.adapter.encode(prompt.images[0], tower=plan.tower)
+        rows = loaded.adapter.encode(prompt.images[0], plan.tower.sources())
+        seen.clear()
+        entering = [(entry, rows[entry.source]) for entry in plan.tower]
+        loaded.adapter.encode(prompt.images[0], ["base"], entering=entering)
     finally:
         for handle in handles:
             handle.remove()
@@ -108,7 +111,7 @@ def test_each_stack_enters_before_any_vision_layer_at_the_patches_alone(prompt):
 def test_a_stack_before_the_last_layer_is_in_the_selected_state(prompt):
     """The last but one hidden state is the input of the last layer: a record of outputs alone would miss it."""
     loaded = engine(V)
-    with_it, without = (loaded.see(prompt, Plan.parse(plan)).features["base"] for plan in ("v3@v5", "none"))
+    with_it, without = (loaded.see(prompt, Plan.parse(p)).features["base"] for p in ("base@0,v3@v5", "base@0"))
     assert not torch.equal(with_it, without)
 
 
