@@ -27,7 +27,6 @@ from app.doctor import QUESTION, sign
 from app.output import Outcome, ProgressLine, table
 from model.engine import Engine
 from model.errors import UserError
-from model.families.deepstack_llava import DeepStackLlava
 from model.loading import gigabytes
 from model.plan import BASE
 from model.probe import Probe
@@ -73,8 +72,6 @@ def run(options: argparse.Namespace) -> Outcome:
         f"{engine.name} on {data['device']} ({data['machine']}), {data['dtype']}: medians of {ROUNDS} rounds in turn"
     )
     said = f"{title}, answers of up to {TOKENS} tokens\n{table(['what', 'figure'], rows)}"
-    if engine.family == DeepStackLlava.name and engine.layout.stack_names:
-        said += "\nPlain transformers sees the global view alone; the answers' vision tower sees the stacks' views too."
     more = f"Medians of {scaling.ROUNDS} rounds, answers of {scaling.TOKENS} tokens each.\n"
     more += scaling.tables(grown, engine.together.why_not)
     warning = f"{RANDOM}\n\n" if drawn else ""

@@ -113,6 +113,17 @@ def test_completed_features_are_those_of_a_fresh_engine(kind):
     assert torch.equal(loaded.features(prompt), everything)
 
 
+@SEPARATE
+def test_under_the_plan_of_plain_transformers_the_tower_sees_what_it_sees_there(kind):
+    loaded = fresh(kind)
+    inputs, plan = loaded.adapter.plain_inputs(asked(loaded))
+    with views_seen(loaded) as seen:
+        loaded.answer(asked(loaded), plan, ONE)
+        ours = sum(seen)
+        loaded.model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    assert ours == sum(seen) - ours > 0
+
+
 def test_what_is_too_large_to_be_held_is_made_once_for_an_answer(monkeypatch):
     loaded = fresh("deepstack_llava")
     monkeypatch.setattr(loaded.cache, "max_bytes", 1)
