@@ -400,7 +400,7 @@ def _prompt(engine: Engine, theirs: Golden) -> tuple[Prompt | None, list[Finding
     new = dict(zip(np.sort(old).tolist(), where.tolist(), strict=True))
     grids = tuple(replace(grid, positions=np.array([new[p] for p in grid.positions.tolist()])) for grid in own.grids)
     ids = torch.from_numpy(theirs.ids)[None]
-    position_ids, next_position = engine.adapter.positions(ids, [grid.grid for grid in grids])
+    position_ids, next_position = engine.adapter.positions(ids, grids, own.images)
     extra = {**own.extra, "position_ids": position_ids, "next_position": next_position}
     return replace(own, input_ids=ids, grids=grids, extra=extra, texts=("",) * len(theirs.ids)), findings
 

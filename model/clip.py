@@ -23,6 +23,7 @@ class Clip:
     size: tuple[int, int]  # (width, height) of each frame, pixels
     columns: int  # frames beside each other; even, so that two that go together lie in one row
     seconds: tuple[float, ...]  # of each frame, from the beginning of the video
+    fps: float  # frames on the sheet for each second of the video
 
     @property
     def sheet_size(self) -> tuple[int, int]:
@@ -46,11 +47,11 @@ def sampled(total: int, fps: float, most: int, wanted_fps: float = 2.0, least: i
     return np.linspace(0, total - 1, count).round().astype(int)
 
 
-def sheet(frames: Sequence[Image.Image], seconds: Sequence[float]) -> Image.Image:
-    """The sheet of frames of one size, RGB."""
+def sheet(frames: Sequence[Image.Image], seconds: Sequence[float], fps: float) -> Image.Image:
+    """The sheet of frames of one size, RGB. fps: of these frames, over the whole video."""
     width, height = frames[0].size
     columns = max(2, 2 * round(math.sqrt(len(frames) * height / width) / 2))
-    clip = Clip((width, height), columns, tuple(map(float, seconds)))
+    clip = Clip((width, height), columns, tuple(map(float, seconds)), float(fps))
     image = Image.new("RGB", clip.sheet_size)
     for number, frame in enumerate(frames):
         image.paste(frame, clip.box(number)[:2])

@@ -189,7 +189,7 @@ class Engine:
                 f"{self.max_tokens - 1}. Shorten it, or use fewer or smaller images."
             )
         input_ids = torch.tensor([ids])
-        position_ids, next_position = self.adapter.positions(input_ids, [grid.grid for grid in placed])
+        position_ids, next_position = self.adapter.positions(input_ids, placed, images)
         pieces = ["" if token == self.adapter.image_token_id else self._piece(token) for token in ids]
         extra = {
             "position_ids": position_ids,

@@ -257,7 +257,7 @@ def _from_video(data: bytes, name: str, limits: Limits) -> tuple[Image.Image, tu
         size = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
         notes.append(f"frames reduced to {size[0]} × {size[1]} pixels")
     frames = [frame if frame.size == size else frame.resize(size, Image.Resampling.BICUBIC) for frame in frames]
-    made = sheet(frames, [number / fps for number in wanted[: len(frames)]])
+    made = sheet(frames, [number / fps for number in wanted[: len(frames)]], len(frames) / total * fps)
     return made, tuple(notes)
 
 

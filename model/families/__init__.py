@@ -28,7 +28,7 @@ from transformers.utils import cached_file
 
 from model.errors import UserError
 from model.layout import Layout
-from model.types import Message, Region, View
+from model.types import ImageGrid, Message, Region, View
 
 if TYPE_CHECKING:
     from model.engine import Engine
@@ -154,10 +154,12 @@ class Family(ABC):
         """What the model sees of this image."""
 
     @abstractmethod
-    def positions(self, input_ids: Tensor, grids: Sequence[tuple[int, int]]) -> tuple[Tensor, int]:
+    def positions(
+        self, input_ids: Tensor, grids: Sequence[ImageGrid], images: Sequence[Image.Image]
+    ) -> tuple[Tensor, int]:
         """Position ids [..., 1, T] of a prompt as transformers computes them, and the next token's position.
 
-        grids: (rows, columns) of every region of every image, in order.
+        grids: where every region of every image lies, in order.
         """
 
     @abstractmethod

@@ -33,7 +33,7 @@ from model.families import Family
 from model.layout import Layout, StackSource
 from model.plan import BASE, Plan
 from model.prompt import Prompt
-from model.types import Region, View
+from model.types import ImageGrid, Region, View
 
 DEFAULTS = {
     "merge": "stack",
@@ -134,7 +134,9 @@ class DeepStackLlava(Family):
         """Tiles as (rows, columns) -> tokens of the high-resolution view."""
         return grid[0] * self.side, grid[1] * self.side
 
-    def positions(self, input_ids: Tensor, grids: Sequence[tuple[int, int]]) -> tuple[Tensor, int]:
+    def positions(
+        self, input_ids: Tensor, grids: Sequence[ImageGrid], images: Sequence[Image.Image]
+    ) -> tuple[Tensor, int]:
         length = input_ids.shape[1]
         return torch.arange(length)[None], length
 

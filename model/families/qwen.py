@@ -29,9 +29,10 @@ from model.families import Family
 from model.layout import Layout, StackSource
 from model.plan import BASE, TAP, Plan
 from model.prompt import Prompt
-from model.types import Message, Region, View
+from model.types import ImageGrid, Message, Region, View
 
 VIDEO = "<|video_pad|>"  # what the released templates write for a video, inside the tokens that enclose an image
+PROCESSORS_FILE = "processor_config.json"  # of a folder that transformers 5 wrote: all its processors in one
 VIDEO_FILE = "video_preprocessor_config.json"
 VIDEO_SIZE = {"shortest_edge": 4 * 32 * 32, "longest_edge": 24_576 * 32 * 32}  # pixels of a video, as released
 FRAME_TOKENS = 768  # visual tokens of a frame, at most
@@ -45,6 +46,8 @@ class Qwen(Family):
 
     model_class: str  # of transformers: "Qwen3VLForConditionalGeneration"
     processor_class = "Qwen2VLImageProcessorPil"
+    video_files: tuple[str, ...] = (VIDEO_FILE,)  # where a folder says how large a video may be, the first that it has
+    video_size: Mapping[str, int] = VIDEO_SIZE  # how large where it says nothing
     needs = "a folder or hub id in the released format; no torchvision needed for images"
 
     def __init__(self, model: PreTrainedModel, tokenizer, processor, chat_template: str | None):
@@ -63,7 +66,7 @@ class Qwen(Family):
     @classmethod
     def parts(cls, source: str, options: dict[str, Any], hub: dict[str, Any]) -> tuple[Any, PreTrainedModel]:
         processor = getattr(transformers, cls.processor_class).from_pretrained(source, **hub)
-        processor.video_size = video_budget(source, hub)
+        processor.video_size = video_size(source, hub, cls.video_files, cls.video_size)
         return processor, getattr(transformers, cls.model_class).from_pretrained(source, **options)
 
     @classmethod
@@ -186,38 +189,49 @@ class Qwen(Family):
         resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
         return (View("what the model sees", resized, self.grid(image)),)
 
-    def positions(self, input_ids: Tensor, grids: Sequence[tuple[int, int]]) -> tuple[Tensor, int]:
+    def positions(
+        self, input_ids: Tensor, grids: Sequence[ImageGrid], images: Sequence[Image.Image]
+    ) -> tuple[Tensor, int]:
         length = input_ids.shape[1]
         if not grids:
             return torch.arange(length).expand(3, 1, length), length
-        merge = self.processor.merge_size
-        patches = torch.tensor([[1, rows * merge, columns * merge] for rows, columns in grids])
-        ids, delta = self._rope(input_ids, patches)
+        ids, delta = self._rope(input_ids, self._shapes(input_ids, grids, images))
         return ids, length + int(delta)
 
-    def _rope(self, input_ids: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """transformers' own position ids [3, 1, T] and their offset; patches: [images, 3], each (1, rows, columns)."""
-        return self.model.model.get_rope_index(
-            input_ids, mm_token_type_ids=self._token_types(input_ids), image_grid_thw=patches
-        )
+    def _rope(self, input_ids: Tensor, shapes: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """transformers' own position ids [3, 1, T] and their offset."""
+        return self.model.model.get_rope_index(input_ids, **shapes)
 
-    def _token_types(self, input_ids: Tensor) -> Tensor:
-        """1 at the rows of images, 0 at text."""
-        return (input_ids == self.image_token_id).int()
+    def _shapes(
+        self, input_ids: Tensor, grids: Sequence[ImageGrid], images: Sequence[Image.Image]
+    ) -> dict[str, Tensor]:
+        """What transformers makes positions of: token types [1, T], and (frames, rows, columns) of what lies there."""
+        merge = self.processor.merge_size
+        patches = [[1, grid.grid[0] * merge, grid.grid[1] * merge] for grid in grids]
+        types = (input_ids == self.image_token_id).int()
+        return {"mm_token_type_ids": types, **({"image_grid_thw": torch.tensor(patches)} if patches else {})}
 
     def plain_inputs(self, prompt: Prompt) -> tuple[dict[str, Tensor], Plan]:
         ids = prompt.input_ids
-        seen = [self.pixels(image) for image in prompt.images]
-        pixels = {name: torch.cat([each[name] for each in seen]) for name in (seen[0] if seen else ())}
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": self._token_types(ids)}
-        return {**inputs, **pixels}, self.layout.default
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs |= self._shapes(ids, prompt.grids, prompt.images)
+        if prompt.images:
+            inputs["pixel_values"] = torch.cat([self.pixels(image)["pixel_values"] for image in prompt.images])
+        return inputs, self.layout.default
 
 
-def video_budget(source: str, hub: Mapping[str, Any]) -> dict[str, int]:
-    """Pixels of a whole video, least and most, as a folder or hub id says in its own file; as released without one."""
-    path = cached_file(source, VIDEO_FILE, _raise_exceptions_for_missing_entries=False, **hub)
-    said = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-    return {**VIDEO_SIZE, **(said.get("size") or {})}
+def video_size(source: str, hub: Mapping[str, Any], files: Sequence[str], usual: Mapping[str, int]) -> dict[str, int]:
+    """Pixels of a video, least and most, as the first of `files` that a folder or hub id has says; else the usual."""
+    for file in (PROCESSORS_FILE, *files):
+        path = cached_file(source, file, _raise_exceptions_for_missing_entries=False, **hub)
+        said = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+        if file == PROCESSORS_FILE:
+            said = said.get("video_processor") or {}
+        if said:
+            edges = {"shortest_edge": said.get("min_pixels"), "longest_edge": said.get("max_pixels")}
+            told = {edge: pixels for edge, pixels in edges.items() if pixels is not None}
+            return {**usual, **(said.get("size") or {}), **told}
+    return dict(usual)
 
 
 def nearest(block: int, taps: Sequence[int]) -> int:

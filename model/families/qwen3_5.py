@@ -10,11 +10,11 @@ from dataclasses import replace
 
 from transformers import PreTrainedConfig
 
-from model.families.qwen2_vl import Qwen2VL
+from model.families.qwen2_vl import SingleQwen
 from model.layout import Layout
 
 
-class Qwen35(Qwen2VL):
+class Qwen35(SingleQwen):
     """`Qwen3_5ForConditionalGeneration`."""
 
     name = "qwen3_5"

@@ -34,8 +34,9 @@ class Qwen3OmniMoe(Qwen):
     def layout_of(cls, config: PreTrainedConfig) -> tuple[Layout, tuple[str, ...]]:
         return super().layout_of(getattr(config, "thinker_config", config))
 
-    def _rope(self, input_ids: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        positions, delta = self.model.get_rope_index(input_ids, patches, attention_mask=torch.ones_like(input_ids))
+    def _rope(self, input_ids: Tensor, shapes: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        patches, attention = shapes["image_grid_thw"], torch.ones_like(input_ids)
+        positions, delta = self.model.get_rope_index(input_ids, patches, attention_mask=attention)
         return positions.long(), delta
 
     def plain_inputs(self, prompt: Prompt) -> tuple[dict[str, Tensor], Plan]:

@@ -26,6 +26,7 @@ from model.families import Family
 from model.layout import Layout, StackSource
 from model.plan import BASE, Plan
 from model.prompt import Prompt
+from model.types import ImageGrid
 
 
 class Released(Family):
@@ -71,7 +72,9 @@ class Released(Family):
         """Source name -> [N, d], from what `get_image_features` gave for one image."""
         return {BASE: seen.pooler_output[0]}
 
-    def positions(self, input_ids: Tensor, grids: Sequence[tuple[int, int]]) -> tuple[Tensor, int]:
+    def positions(
+        self, input_ids: Tensor, grids: Sequence[ImageGrid], images: Sequence[Image.Image]
+    ) -> tuple[Tensor, int]:
         length = input_ids.shape[1]
         return torch.arange(length)[None], length
 

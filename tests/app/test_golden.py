@@ -340,7 +340,7 @@ def test_a_layer_that_computes_something_else(judge, faulty):
 
 def test_positions_that_ignore_the_grid(judge, faulty, tmp_path, healthy):
     engine = faulty("qwen")
-    engine.adapter.positions = lambda ids, grids: (torch.arange(ids.shape[1]).expand(3, 1, -1), ids.shape[1])
+    engine.adapter.positions = lambda ids, grids, images: (torch.arange(ids.shape[1]).expand(3, 1, -1), ids.shape[1])
     found = only(judge("qwen", engine))
     assert found.kind == "positions" and "instead of" in found.text
     change(tmp_path / "theirs", position_ids=None)  # an exporter may leave them out

@@ -61,6 +61,7 @@ def flat_folder(path: Path, vision: dict, config_class, model_class, seed: int, 
     tiny.qwen_files(path, tokenizer, processor)
     flat(path)
     pixels(path)
+    (path / "video_preprocessor_config.json").unlink()  # they have none
 
 
 def qwen2_vl_folder(path: Path) -> None:

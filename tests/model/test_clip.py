@@ -38,6 +38,7 @@ def test_a_file_becomes_a_sheet_of_the_frames_that_are_looked_at(container):
     clip = clip_of(image)
     assert clip.size == (96, 64) and clip.seconds == (0, 6 / 8, 11 / 8, 16 / 8, 22 / 8)
     assert notes == ("5 frames of a video of 2.9 s",)
+    assert clip.fps == 5 / 23 * 8
     for number, frame in zip((0, 6, 11, 16, 22), frames_of(image), strict=True):
         seen = np.asarray(frame)[40:].reshape(-1, 3).mean(0)
         assert np.abs(seen - colour(number)).max() < 4, number  # frames differ by 8 in red and blue
@@ -46,16 +47,16 @@ def test_a_file_becomes_a_sheet_of_the_frames_that_are_looked_at(container):
 
 def test_frames_lie_in_rows_of_an_even_number():
     frames = [Image.new("RGB", (20, 10), (n, 0, 0)) for n in range(7)]
-    image = sheet(frames, range(7))
+    image = sheet(frames, range(7), 1.0)
     assert clip_of(image).columns == 2 and image.size == (40, 40)
     assert clip_of(image).box(3) == (20, 10, 40, 20)
     assert [frame.getpixel((0, 0))[0] for frame in frames_of(image)] == [*range(7)]
-    tall = sheet([Image.new("RGB", (10, 40))] * 6, range(6))
+    tall = sheet([Image.new("RGB", (10, 40))] * 6, range(6), 1.0)
     assert clip_of(tall).columns == 4 and tall.size == (40, 80)
 
 
 def test_what_is_no_longer_the_sheet_is_no_clip():
-    image = sheet([Image.new("RGB", (20, 10))] * 4, range(4))
+    image = sheet([Image.new("RGB", (20, 10))] * 4, range(4), 1.0)
     assert clip_of(image.convert("RGB")) == clip_of(image.copy()) == clip_of(image)
     assert clip_of(image.crop((0, 0, 20, 10))) is clip_of(image.resize((10, 10))) is None
     assert clip_of(Image.new("RGB", image.size)) is None

@@ -5,6 +5,9 @@ installed that processor, and its prompt, give the same: tokens equal, pixels wi
 resize.) Run: pytest tests/model/families/test_video.py
 """
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -14,15 +17,17 @@ from model.clip import clip_of, frames_of
 from model.errors import UserError
 from model.families import families
 from model.images import read_image
+from model.loading import load
 from model.plan import Plan
 from model.probe import Probe
 from model.types import Sampling
 from tests import tiny
-from tests.families import ENTRIES, engine, plain
+from tests.families import ENTRIES, engine, folder, plain
 from tests.videos import video
 
 READS = {family.name for family in families() if family.takes_video}
-KINDS = [kind for kind, entry in ENTRIES.items() if entry.family in READS]
+BLOCKS = ("qwen2_vl", "qwen2_5_vl")  # a video in one block of tokens, without times
+KINDS = [kind for kind, entry in ENTRIES.items() if entry.family in READS and kind not in BLOCKS]
 SHEET = read_image(video(23, 8, (96, 64)))[0]  # five frames: the last is read twice
 ASKED = tiny.ask(SHEET, "What moves?")
 
@@ -64,6 +69,96 @@ def test_a_video_is_read_as_transformers_reads_it(kind):
     assert (theirs - ours).abs().max() <= 2.1e-6 * ENTRIES[kind].rounding * theirs.abs().max()
     text = "".join(prompt.texts)
     assert "<0.4 seconds>" in text and text.index("<1.7 seconds>") < text.index("<2.8 seconds>")
+
+
+def block_inputs(model, prompt, rows: slice, frames: list[Image.Image]) -> dict[str, torch.Tensor]:
+    """What transformers takes for a prompt whose `rows` are the tokens of one video, as its processor makes it."""
+    ids = prompt.input_ids.clone()
+    ids[0, rows] = model.config.video_token_id
+    types = (ids == model.config.image_token_id).int()
+    types[0, rows] = 2
+    groups, (width, height) = -(-len(frames) // 2), frames[0].size
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": types,
+        "pixel_values_videos": patches([*frames, *frames[-1:] * (len(frames) % 2)]),
+        "video_grid_thw": torch.tensor([[groups, height // 8, width // 8]]),
+    }
+    if hasattr(model.config.vision_config, "tokens_per_second"):
+        # VideoMetadata.sampled_fps of 5 out of 23 frames at 8 a second; Qwen2_5_VLProcessor makes a tensor of it.
+        inputs["second_per_grid_ts"] = torch.tensor([2 / (5 / 23 * 8)])
+    return inputs
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("still", [None, tiny.image(1, (32, 48))])
+def test_a_video_in_one_block_is_read_as_transformers_reads_it(kind, still):
+    loaded, model = engine(kind), plain(kind)
+    prompt = loaded.prompt(tiny.ask(SHEET, *([still] if still else []), "What moves?"))
+    first, *_ = clip = [grid for grid in prompt.grids if grid.index == 0]
+    assert [grid.name for grid in clip] == ["0.4 s", "1.7 s", "2.8 s"]
+    assert {grid.grid for grid in clip} == {(3, 4)}, "96 x 64 pixels in at most 64 x 64"
+    rows = np.concatenate([grid.positions for grid in clip])
+    assert np.array_equal(rows, first.positions[0] + np.arange(36)), "nothing between the frames"
+    frames = [frame.resize((64, 48), Image.Resampling.BICUBIC) for frame in frames_of(SHEET)]
+    inputs = block_inputs(model, prompt, slice(rows[0], rows[-1] + 1), frames)
+    if still:
+        seen = loaded.adapter.processor(images=[still], return_tensors="pt")
+        inputs |= {"pixel_values": seen["pixel_values"], "image_grid_thw": seen["image_grid_thw"]}
+    positions, delta = model.model.get_rope_index(**inputs)
+    assert torch.equal(positions, prompt.extra["position_ids"])
+    assert prompt.extra["next_position"] == prompt.input_ids.shape[1] + int(delta)
+    with torch.no_grad():
+        theirs = model(**inputs).logits[0]
+        ours = loaded.logits(prompt, loaded.layout.default, ())
+    if still:  # the tower runs on each alone, in transformers too
+        assert (theirs - ours).abs().max() <= 2.1e-6 * theirs.abs().max()
+    else:
+        assert torch.equal(theirs, ours)
+    made = model.generate(**inputs, do_sample=False, max_new_tokens=8)[0, prompt.input_ids.shape[1] :].tolist()
+    answer = loaded.answer(prompt, loaded.layout.default, Sampling(max_new_tokens=8))
+    assert [token.id for token in answer.tokens] == made[: len(answer.tokens)]
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_what_transformers_is_given_for_a_video_runs_the_same_plan(kind):
+    loaded = engine(kind)
+    for prompt in (loaded.prompt(tiny.ask(SHEET, "?")), loaded.prompt(tiny.ask(tiny.image(1), SHEET, SHEET, "?"))):
+        inputs, plan = loaded.adapter.plain_inputs(prompt)
+        with torch.no_grad():
+            theirs = loaded.model(**inputs).logits[0]
+        torch.testing.assert_close(theirs, loaded.logits(prompt, plan), atol=1e-5, rtol=0)
+
+
+def test_frames_lie_as_far_apart_as_in_time():
+    """Qwen2.5-VL counts time, Qwen2-VL grids: 4 positions a second, 2 frames in 1.15 s."""
+    found = {}
+    for kind in BLOCKS:
+        prompt = engine(kind).prompt(ASKED)
+        found[kind] = [int(prompt.extra["position_ids"][0, 0, grid.positions[0]]) for grid in prompt.grids]
+    start = found["qwen2_vl"][0]
+    assert found["qwen2_vl"] == [start, start + 1, start + 2]
+    assert found["qwen2_5_vl"] == [start, start + 4, start + 9]
+    slower = engine("qwen2_5_vl").prompt(tiny.ask(read_image(video(23, 4, (96, 64)))[0], "What moves?"))
+    times = [int(slower.extra["position_ids"][0, 0, grid.positions[0]]) for grid in slower.grids]
+    assert len(times) == 6 and times[1] - times[0] == 4  # twice as long, twice as many frames
+
+
+@pytest.mark.parametrize(
+    "files, grid",
+    [
+        ({}, (3, 4)),  # preprocessor_config.json: at most 64 x 64 pixels
+        ({"video_preprocessor_config.json": {"size": {"shortest_edge": 1024, "longest_edge": 32 * 32}}}, (1, 2)),
+        ({"processor_config.json": {"video_processor": {"min_pixels": 1024, "max_pixels": 96 * 64}}}, (4, 6)),
+        ({"processor_config.json": {"processor_class": "Qwen2_5_VLProcessor"}}, (3, 4)),
+    ],
+)
+def test_the_folder_says_how_large_a_frame_may_be(tmp_path, files, grid):
+    path = shutil.copytree(folder("qwen2_5_vl"), tmp_path / "m")
+    for name, data in files.items():
+        (path / name).write_text(json.dumps(data))
+    assert load(str(path), device="cpu").adapter.grid(SHEET) == grid
 
 
 def test_every_two_frames_have_a_grid_and_stacks_of_their_own():
