@@ -147,28 +147,46 @@ def models(options: argparse.Namespace) -> Outcome:
             model["name"] + ("" if model["here"] else " *"),
             model["family"],
             _stacks_in_words(model["stacks"]),
-            model["default_plan"],
-            f"{model['vision_layers']} / {model['llm_layers']}",
-            model["hidden_size"],
-            f"{model['parameters'] / 1e6:,.1f} M",
-            gigabytes(model["bytes_bfloat16"]),
-            gigabytes(model["bytes_float32"]),
+            model["default_plan"] or UNKNOWN,
+            f"{model['vision_layers']} / {model['llm_layers']}" if model["llm_layers"] else UNKNOWN,
+            model["hidden_size"] or UNKNOWN,
+            _parameters_in_words(model),
+            *(_memory_in_words(model, key) for key in ("bytes_bfloat16", "bytes_float32")),
         ]
         for model in found
     ]
     heads = ["model", "family", "stacks", "default plan", "layers", "width", "parameters", "bfloat16", "float32"]
     notes = ["Stacks: tapped vision blocks, or samples of a high-resolution view. Layers: vision / LLM."]
-    notes += ["Width: of the LLM's stream. Memory: of all weights."]
+    notes += ["Width: of the LLM's stream. Parameters: counted in the shapes of its config; with ~ as its name says."]
+    notes += [f"Memory: of all weights. {UNKNOWN}: not known here; it stands in the checkpoint's own config."]
     notes += ["* not here: downloaded when it is asked for. Any other checkpoint of these families loads too:"]
     notes += [f"  {f['family']} (model_type {', '.join(f['model_types'])}): {f['needs']}" for f in families]
     notes += ["Where the family's own code adds the stacks, in its own words:"]
-    notes += [f"  {words}" for words in dict.fromkeys(model["own_code"] for model in found)]
+    notes += [f"  {words}" for words in dict.fromkeys(model["own_code"] for model in found if model["own_code"])]
     return Outcome({"families": families, "models": found}, "\n".join([table(heads, rows), "", *notes]))
 
 
-def _stacks_in_words(stacks: list[dict]) -> str:
-    taps = [str(stack["tap"]) for stack in stacks if stack["tap"] is not None]
+UNKNOWN = "-"
+
+
+def _stacks_in_words(stacks: list[dict] | None) -> str:
+    if stacks is None:
+        return UNKNOWN
+    taps = dict.fromkeys(str(stack["tap"]) for stack in stacks if stack["tap"] is not None)
     return f"taps {', '.join(taps)}" if taps else f"{len(stacks)} samples" if stacks else "none"
+
+
+def _parameters_in_words(model: dict) -> str:
+    if model["parameters"] is None:
+        return UNKNOWN
+    counted = f"{model['parameters'] / 1e6:,.1f} M"
+    return counted if model["parameters_counted"] else f"~{model['parameters'] / 1e9:g} B"
+
+
+def _memory_in_words(model: dict, key: str) -> str:
+    if model[key] is None:
+        return UNKNOWN
+    return f"{'' if model['parameters_counted'] else '~'}{gigabytes(model[key])}"
 
 
 def ask(options: argparse.Namespace) -> Outcome:

@@ -13,19 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    Blip2QFormerConfig,
-    Granite4VisionConfig,
-    Granite4VisionTextConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen3VLConfig,
-    SiglipVisionConfig,
-)
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast, Qwen3VLConfig
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from model.catalog import RELEASED, count
+from model.catalog import RELEASED, count, granite4_vision
 from model.engine import Engine
 from model.errors import UserError
 from model.families import detect
@@ -74,38 +66,6 @@ def _tiny() -> Qwen3VLConfig:
     return Qwen3VLConfig(vision_config=vision | {"deepstack_visual_indexes": [0, 1, 2]}, text_config=text)
 
 
-def _granite4_vision() -> Granite4VisionConfig:
-    """ibm-granite/granite-vision-4.1-4b: SigLIP at 384 pixels below the 3B decoder of Granite 4.1.
-
-    Known: width, layers and key-value heads of the decoder. Assumed: the q-former, the grids of
-    tiles, the multipliers.
-    """
-    side = 384
-    tiles = [(rows, columns) for rows in range(1, 11) for columns in range(1, 11) if rows * columns <= 10]
-    return Granite4VisionConfig(
-        vision_config=SiglipVisionConfig(
-            hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=side,
-            patch_size=16, vision_use_head=False,
-        ),
-        text_config=Granite4VisionTextConfig(
-            vocab_size=100353, hidden_size=2560, intermediate_size=8192, num_hidden_layers=40, num_attention_heads=40,
-            num_key_value_heads=8, max_position_embeddings=131072, tie_word_embeddings=True, embedding_multiplier=12.0,
-            logits_scaling=10.0, residual_multiplier=0.22, attention_multiplier=0.015625,
-        ),
-        qformer_config=Blip2QFormerConfig(
-            hidden_size=1152, encoder_hidden_size=1152, num_hidden_layers=1, num_attention_heads=18,
-            intermediate_size=3072, cross_attention_frequency=1, max_position_embeddings=2048,
-            use_qformer_text_input=False,
-        ),
-        image_grid_pinpoints=[[side * rows, side * columns] for rows, columns in tiles],
-        vision_feature_select_strategy="full",
-        downsample_rate="4/8",
-        deepstack_layer_map=[[-19, 9], [-13, 6], [-7, 3], [-1, 0]],
-        spatial_vision_layer=-1,
-        spatial_target_layers=[12, 15, 18, 21],
-    )  # fmt: skip
-
-
 def _granite_pixels(config: PreTrainedConfig) -> LlavaNextImageProcessorPil:
     side = config.vision_config.image_size
     square = {"height": side, "width": side}
@@ -121,7 +81,7 @@ def _clip_pixels(config: PreTrainedConfig) -> Any:
 SHAPES = {
     "Qwen3-VL-2B": Shape(RELEASED["Qwen/Qwen3-VL-2B-Instruct"], _qwen_pixels, "<image>"),
     "Qwen3-VL-8B": Shape(RELEASED["Qwen/Qwen3-VL-8B-Instruct"], _qwen_pixels, "<image>"),
-    "Granite-4-Vision": Shape(_granite4_vision, _granite_pixels, "<image>"),
+    "Granite-4-Vision": Shape(granite4_vision, _granite_pixels, "<image>"),
     "DeepStack-L-7B": Shape(RELEASED["menglc/deepstack-l-vicuna-7b"], _clip_pixels, "<unk>"),
     "tiny": Shape(_tiny, _qwen_pixels, "<image>"),
 }

@@ -430,6 +430,10 @@ def test_models_lists_families_released_and_embedded_checkpoints(found, said, em
     assert small["default_plan"] == "base@0,0@1,1@2,2@3" and small["bytes_bfloat16"] * 2 == small["bytes_float32"]
     code, out, _ = said("models")
     assert code == 0 and "embedded/hires" in out and "model_type qwen3_vl" in out
+    lines = {line.split()[0]: line.split() for line in out.splitlines() if " * " in line}
+    assert lines["Qwen/Qwen3-VL-235B-A22B-Instruct"][-6:] == ["~235", "B", "~470.0", "GB", "~940.0", "GB"]
+    assert lines["nvidia/Cosmos3-Nano"][-7:] == ["-"] * 7
+    assert lines["Qwen/Qwen2-VL-7B-Instruct"][-10:-6] == ["none", "base@0", "-", "-"]
 
 
 # ---- the process
