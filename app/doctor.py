@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> Outcome:
 def diagnose(engine: Engine) -> list[Check]:
     """Every check of one loaded model, in the order in which they are shown."""
     prompt = engine.prompt(
-        [{"role": "user", "content": [{"type": "image", "image": sign()}, {"type": "text", "text": QUESTION}]}]
+        [{"role": "user", "content": [{"type": "image", "image": picture(engine)}, {"type": "text", "text": QUESTION}]}]
     )
     plan = engine.layout.default
     engine.forget()
@@ -104,12 +104,22 @@ def memory(engine: Engine) -> Check:
     return Check("memory", free >= needed, figure)
 
 
-def sign() -> Image.Image:
-    """A sign with a short text, 128 px, that needs no file."""
-    image = Image.new("RGB", (128, 128), (40, 70, 120))
+def picture(engine: Engine) -> Image.Image:
+    """The sign, as large as it takes to give every stack rows: DeepStack-L cuts a small one into fewer tiles."""
+    for scale in (1, 2, 4, 8, 16):
+        image = sign(scale)
+        dealt = {name for view in engine.views(image) for row in view.owners or () for name in row}
+        if not dealt or dealt >= set(engine.layout.stack_names):
+            break
+    return image
+
+
+def sign(scale: int = 1) -> Image.Image:
+    """A sign with a short text, 128 px times `scale`, that needs no file."""
+    image = Image.new("RGB", (128 * scale, 128 * scale), (40, 70, 120))
     draw = ImageDraw.Draw(image)
-    draw.rectangle((14, 40, 114, 88), fill=(250, 240, 200))
-    draw.text((64, 64), "K7PX2", fill=(30, 30, 30), anchor="mm", font_size=24)
+    draw.rectangle((14 * scale, 40 * scale, 114 * scale, 88 * scale), fill=(250, 240, 200))
+    draw.text((64 * scale, 64 * scale), "K7PX2", fill=(30, 30, 30), anchor="mm", font_size=24 * scale)
     return image
 
 

@@ -31,6 +31,13 @@ def test_healthy_models_pass_and_nothing_is_left_behind(kind):
     assert engine.adapter.decoder.config._attn_implementation == "deepstack_lens"
 
 
+def test_the_model_that_ships_passes_with_all_its_stacks():
+    """Its nine stacks come of three by three tiles; a small picture is cut into fewer, and the last ones are zero."""
+    checks = {check.name: check for check in diagnose(load("embedded/hires"))}
+    assert [name for name, check in checks.items() if not check.ok] == []
+    assert checks["injections, prefill only"].figure.startswith("9 of 9 before layers 1, 2, 3, 4, 5, 6, 7, 8, 9 ")
+
+
 def test_the_command_prints_the_checks_and_exits_0(capsys):
     assert main(["doctor", "--model", str(tiny.folder("qwen")), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
