@@ -15,12 +15,13 @@ Knows nothing about models, files or how a record is made. The format is in app/
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
 
-from model.plan import BASE, Plan, source_order
+from model.plan import BASE, Entry, Plan, source_order
 
 SEED, COLUMNS = 0, 16  # of the projections that we write; a record may have others
 TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}  # relative, of a whole model's rows
@@ -244,7 +245,7 @@ def _moved_rows(
 
 
 def judge(
-    expected: Plan,
+    expected: Iterable[Entry],
     found: Mapping[int, Sequence[Part]],
     unexplained: Mapping[int, float],
     taps: Mapping[str, int],
@@ -253,7 +254,7 @@ def judge(
 ) -> list[Finding]:
     """The faults that set what was found apart from the plan. found: layer -> parts; unexplained: layer -> share."""
     findings: list[Finding] = []
-    wanted = {(entry.source, entry.layer): entry.gain for entry in expected if not entry.in_tower}
+    wanted = {(entry.source, entry.layer): entry.gain for entry in expected}
     seen = {(part.source, layer): part for layer, parts in found.items() for part in parts}
     findings += _taps(seen, taps)
     findings += _rows(seen, positions)
@@ -403,6 +404,56 @@ def _count(n: int, what: str) -> str:
     return f"{'one' if n == 1 else n} {what}{'' if n == 1 else 's'}"
 
 
+# ---- stacks that enter the vision tower, seen in the base that comes out of it
+
+
+class Tower(NamedTuple):
+    """What the base would be if other stacks entered the vision tower than the plan says."""
+
+    layers: int  # of the vision tower
+    bases: Mapping[Plan, np.ndarray]  # plan -> [N, P]
+
+
+def neighbours(plan: Plan, layers: int) -> list[Plan]:
+    """Plans that differ from this one by one fault in a vision tower of so many layers.
+
+    One stack or all missing, or a layer early or late, or two in each other's place.
+    """
+    entering, others = list(plan.tower), [entry for entry in plan if not entry.in_tower]
+
+    def but(*changed: Entry) -> Plan:
+        return Plan([*others, *(entry for entry in changed if 0 <= entry.layer < layers)])
+
+    found = [but()]
+    for at, entry in enumerate(entering):
+        rest = entering[:at] + entering[at + 1 :]
+        found += [but(*rest), *(but(*rest, entry._replace(layer=entry.layer + by)) for by in (1, -1))]
+    found += [but(*(entry._replace(layer=entry.layer + by) for entry in entering)) for by in (1, -1)]
+    for one, other in combinations(entering, 2):
+        rest = [entry for entry in entering if entry not in (one, other)]
+        found.append(but(*rest, one._replace(source=other.source), other._replace(source=one.source)))
+    return [other for other in dict.fromkeys(found) if other != plan]
+
+
+def _inside(rows: np.ndarray, ours: np.ndarray, plan: Plan, tower: Tower | None, allowed: float) -> list[Finding]:
+    """Why the base differs from ours [N, P], in a model whose stacks enter its vision tower."""
+    bases = tower.bases if tower else {}
+    apart = {other: _relative(rows, base) for other, base in bases.items()}
+    nearest = min(apart, key=apart.__getitem__, default=None)
+    if nearest is None or apart[nearest] > 4 * allowed:
+        names = [entry.source for entry in plan.tower]
+        text = (
+            f"The base differs by {_relative(rows, ours):.1e}: what enters the vision tower "
+            f"({_stacks(names, capital=False)}) is not what the plan says, or the tower computes something else."
+        )
+        return [Finding("tower", text, {"stacks": names})]
+    found: dict[int, list[Part]] = {}
+    for entry in nearest.tower:
+        found.setdefault(entry.layer, []).append(Part(entry.source, entry.gain))
+    findings = judge(plan.tower, found, {}, {}, np.zeros(0, dtype=np.int64), tower.layers)
+    return [replace(finding, text=finding.text.replace("before layer", "before vision layer")) for finding in findings]
+
+
 # ---- 3 and 4. the comparison
 
 
@@ -413,11 +464,13 @@ def compare(
     taps: Mapping[str, int] | None = None,
     variants: Mapping[tuple[str, int], np.ndarray] | None = None,
     tolerance: float | None = None,
+    tower: Tower | None = None,
 ) -> Verdict:
     """What is wrong with their run, beside ours on the same pixels and tokens.
 
     plan: what ours ran under. taps: source -> vision block. variants: (source, vision block) -> [N, P], what a source
-    would be if it were made of another block. tolerance: relative; by default that of their number format.
+    would be if it were made of another block. tolerance: relative; by default that of their number format. tower: of a
+    model whose stacks enter its vision tower.
     """
     allowed = tolerance if tolerance is not None else max(_tolerance(theirs.dtype), _tolerance(ours.dtype))
     image = ours.image_positions
@@ -427,18 +480,23 @@ def compare(
         return Verdict((broken,), {"tolerance": allowed})
     figures = _figures(theirs, ours, image, text, allowed)
     added, noise = theirs.added(), theirs.noise()
-    found, unexplained = {}, {}
+    found, unexplained, inside = {}, {}, []
     for layer in range(ours.n_layers + 1):
         expected = dict(plan.at(layer))
         rows, parts = added[layer, image], ()
         if len(image):
             parts, left = explain(rows, noise[layer, image], ours.stacks, expected, variants or {}, allowed)
-            if left > 0.5:
+            if plan.tower and BASE in expected and left > 4 * allowed:
+                inside += _inside(rows / expected[BASE], ours.stacks[BASE], plan, tower, allowed)
+                parts = tuple(Part(name, gain) for name, gain in expected.items())
+            elif left > 0.5:
                 unexplained[layer] = left
                 continue
         if parts:
             found[layer] = parts
-    findings = judge(plan, found, unexplained, taps or {}, image, ours.n_layers)
+    findings = inside + judge(
+        [entry for entry in plan if not entry.in_tower], found, unexplained, taps or {}, image, ours.n_layers
+    )
     findings += _strays(added, noise, ours, text, findings, allowed)
     findings += _positions(theirs, ours)
     if not findings:

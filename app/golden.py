@@ -24,16 +24,17 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from analysis.golden import COLUMNS, SEED, Finding, Golden, Verdict, compare, signs
+from analysis.golden import COLUMNS, SEED, Finding, Golden, Tower, Verdict, compare, neighbours, signs
 from app.commands import introduce, load_from, messages_from, prompt_from
 from app.desk import EXAMPLES, examples
 from app.limits import limits_from
 from app.output import Outcome, plain
+from model.clip import Clip, clip_of, marked
 from model.engine import Engine
 from model.errors import UserError
 from model.images import Limits
 from model.outside import layers_seen, pixels_seen, retapped, tap_of
-from model.plan import Plan
+from model.plan import BASE, Plan
 from model.prompt import Prompt
 from model.types import Sampling
 
@@ -151,10 +152,16 @@ def record(
             "dtype": str(engine.dtype).removeprefix("torch."),
             "projection": {"seed": seed, "columns": columns, "width": engine.layout.hidden_size},
             "layers": engine.layout.n_layers,
-            "images": [{"size": list(picture.size)} for picture in prompt.images],
+            "images": [_about(picture) for picture in prompt.images],
             "statistics": statistics,
         },
     )
+
+
+def _about(picture: Image.Image) -> dict:
+    """What the JSON says of one picture."""
+    clip = clip_of(picture)
+    return {"size": list(picture.size), **({} if clip is None else {"frames": clip.to_json()})}
 
 
 def project(rows: Tensor, matrix: Tensor) -> np.ndarray:
@@ -223,6 +230,9 @@ def read(path: str | Path) -> Golden:
             )
         )
         sizes = [(int(item["size"][0]), int(item["size"][1])) for item in about["images"]]
+        for item, size in zip(about["images"], sizes, strict=True):
+            if "frames" in item and Clip.from_json(item["frames"]).sheet_size != size:
+                raise ValueError("the frames of an image do not fill it")
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{about_file} cannot be used: {_words(error)}.") from error
     if not (0 < columns <= MOST_COLUMNS and 0 <= seed < 2**64 and layers > 0 and width > 0):
@@ -365,7 +375,13 @@ def judged(engine: Engine, theirs: Golden, tolerance: float | None = None) -> Ve
     with pixels_seen(engine, [{k: torch.from_numpy(v) for k, v in call.items()} for call in theirs.pixels]):
         others = retapped(engine, prompt, sorted(pairs)) if theirs.pixels else {}
     variants = {pair: project(rows.float(), matrix) for pair, rows in others.items()}
-    verdict = compare(theirs, ours, plan, taps, variants, tolerance)
+    tower = None
+    if plan.tower and not findings:  # with other pixels than ours the base would differ anyway
+        layers, bases = engine.layout.n_vision_layers, {}
+        for other in neighbours(plan, layers):
+            bases[other] = project(engine.see(prompt, other).features[BASE].float(), matrix)
+        tower = Tower(layers, bases)
+    verdict = compare(theirs, ours, plan, taps, variants, tolerance, tower)
     return Verdict((*findings, *verdict.findings), verdict.figures)
 
 
@@ -376,6 +392,9 @@ def _prompt(engine: Engine, theirs: Golden) -> tuple[Prompt | None, list[Finding
     pictures = [Image.fromarray(rgb) for rgb in theirs.images] or [
         Image.new("RGB", size, (at % 256, 0, 0)) for at, size in enumerate(sizes)
     ]
+    for picture, item in zip(pictures, theirs.about["images"], strict=True):
+        if "frames" in item:
+            marked(picture, Clip.from_json(item["frames"]))
     question = theirs.about.get("question")
     content = [{"type": "image", "image": picture} for picture in pictures]
     content.append({"type": "text", "text": question if isinstance(question, str) and question.strip() else "?"})

@@ -25,6 +25,19 @@ class Clip:
     seconds: tuple[float, ...]  # of each frame, from the beginning of the video
     fps: float  # frames on the sheet for each second of the video
 
+    def to_json(self) -> dict:
+        """Plain values, for a record."""
+        return {"size": list(self.size), "columns": self.columns, "seconds": list(self.seconds), "fps": self.fps}
+
+    @classmethod
+    def from_json(cls, data: dict) -> Clip:
+        """The inverse of `to_json`; KeyError, TypeError or ValueError for anything else."""
+        width, height = map(int, data["size"])
+        clip = cls((width, height), int(data["columns"]), tuple(map(float, data["seconds"])), float(data["fps"]))
+        if min(width, height, clip.columns, clip.fps) <= 0 or not clip.seconds:
+            raise ValueError("frames without a size, a number or a rate")
+        return clip
+
     @property
     def sheet_size(self) -> tuple[int, int]:
         """(width, height) of the sheet, pixels."""
@@ -55,6 +68,11 @@ def sheet(frames: Sequence[Image.Image], seconds: Sequence[float], fps: float) -
     image = Image.new("RGB", clip.sheet_size)
     for number, frame in enumerate(frames):
         image.paste(frame, clip.box(number)[:2])
+    return marked(image, clip)
+
+
+def marked(image: Image.Image, clip: Clip) -> Image.Image:
+    """The same picture, known from now on to be the sheet of this clip."""
     image.info[KEY] = clip
     return image
 

@@ -18,9 +18,11 @@ from analysis.golden import signs
 from app.cli import main
 from app.golden import judged, read, record, write
 from model.errors import UserError
+from model.images import read_image
 from model.plan import Plan
 from model.types import Sampling
-from tests import tiny
+from tests import families, tiny
+from tests.videos import video
 
 QUESTION = "What does the sign say?"
 TAPS = (1, 3)  # of the four vision blocks: each has an untapped block before it
@@ -346,6 +348,71 @@ def test_positions_that_ignore_the_grid(judge, faulty, tmp_path, healthy):
     change(tmp_path / "theirs", position_ids=None)  # an exporter may leave them out
     found = only(judged(healthy["qwen"], read(tmp_path / "theirs")))
     assert found.kind == "layer" and found.where["layers"] == [0]
+
+
+V_DEFAULT = "base@0,v0@v2,v1@v3,v2@v4,v3@v5"
+
+
+@pytest.mark.parametrize(
+    ("plan", "kind", "said"),
+    [
+        (V_DEFAULT, None, ""),
+        ("base@0,v0@v2,v2@v4,v3@v5", "missing", "Stack v1 is missing: nothing of it enters before vision layer 3."),
+        (
+            "base@0",
+            "missing",
+            "Stacks v0, v1, v2, v3 are missing: nothing of them enters before vision layer 2, 3, 4, 5.",
+        ),
+        ("base@0,v1@v2,v0@v3,v2@v4,v3@v5", "permuted", "before vision layer 2 comes stack v1 instead of stack v0"),
+        ("base@0,v0@v3,v1@v4,v2@v5", "late", "Stack v3 would come after the last layer: nothing of it enters."),
+        ("base@0,v0@v2,v1@v2,v2@v4,v3@v5", "early", "Stack v1 is added one layer early: before vision layer 2"),
+        (
+            "base@0,v0@v2*0.5,v2@v4",
+            "tower",
+            "what enters the vision tower (stacks v0, v1, v2, v3) is not what the plan",
+        ),
+        ("base@1,v0@v2,v1@v3,v2@v4,v3@v5", "late", "The base is added one layer late"),
+        ("v0@v2,v1@v3,v2@v4,v3@v5", "missing", "The base is missing"),
+    ],
+)
+def test_stacks_inside_the_vision_tower_are_known_by_the_base_that_comes_out_of_it(plan, kind, said, tmp_path):
+    engine = families.engine("deepstack_v")
+    prompt = engine.prompt(tiny.ask(tiny.image(0, (64, 48)), tiny.image(1, (32, 48)), QUESTION))
+    plan = Plan.parse(plan)
+    write(record(engine, prompt, plan, [5, 6], features=engine.features(prompt, plan)), tmp_path)
+    verdict = judged(engine, read(tmp_path))
+    if kind is None:
+        assert verdict.ok
+        return
+    found = only(verdict)
+    assert found.kind == kind and said in found.text
+
+
+def test_a_fault_inside_the_tower_is_not_guessed_at_on_other_pixels(tmp_path):
+    engine = families.engine("deepstack_v")
+    prompt = engine.prompt(tiny.ask(tiny.image(0, (64, 48)), QUESTION))
+    plan = Plan.parse("base@0,v0@v2,v2@v4,v3@v5")
+    write(record(engine, prompt, plan, [5], features=engine.features(prompt, plan)), tmp_path)
+    theirs = read(tmp_path)
+    theirs.images[0][...] = 255 - theirs.images[0]
+    kinds = [finding.kind for finding in judged(engine, theirs).findings]
+    assert kinds == ["pixels", "tower"]
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen2_5_vl"])
+def test_the_record_of_a_video_is_read_as_a_video(kind, tmp_path):
+    engine = families.engine(kind)
+    prompt = engine.prompt(tiny.ask(read_image(video())[0], QUESTION))
+    golden = record(engine, prompt, engine.layout.default, [5, 6])
+    golden.about["question"] = QUESTION
+    write(golden, tmp_path)
+    assert judged(engine, read(tmp_path)).ok
+    about = json.loads((tmp_path / "golden.json").read_text())
+    about["images"][0]["frames"]["seconds"].append(9.0)
+    about["images"][0]["frames"]["columns"] = 3
+    (tmp_path / "golden.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="the frames of an image do not fill it"):
+        read(tmp_path)
 
 
 def test_another_head(judge, faulty):
