@@ -28,7 +28,7 @@ from app.output import Outcome, table
 from model.engine import Engine
 from model.instrument import ATTENTION
 from model.loading import HEADROOM, free_memory, gigabytes
-from model.outside import layers_seen, tap_of, tapped_blocks
+from model.outside import blocks_of, layers_seen, tap_of, tapped_blocks
 from model.plan import BASE, Plan
 from model.probe import AttentionWish, Probe
 from model.prompt import Prompt
@@ -91,6 +91,8 @@ def diagnose(engine: Engine) -> list[Check]:
     ]
     for check in (taps, finite, injections, aligned):
         checks.append(check(engine, prompt, plan, seen))
+    if plan.tower:
+        checks.append(inside(engine, prompt, plan))
     for check in (switching, recompute, eager, parity):
         checks.append(check(engine, prompt, plan, answer))
     return checks
@@ -212,6 +214,46 @@ def aligned(engine: Engine, prompt: Prompt, plan: Plan, seen: Watched) -> Check:
     return Check(
         "rows where the plan says", ok, f"difference {worst:.1e} of the stream at image rows, {stray:g} elsewhere"
     )
+
+
+def inside(engine: Engine, prompt: Prompt, plan: Plan) -> Check:
+    """As `injections` and `aligned` in one, of the stacks that enter the vision tower: of its last run, the base's."""
+    blocks, inputs, outputs = blocks_of(engine), {}, {}
+    engine.forget()
+    handles = []
+    for at, block in enumerate(blocks):
+        handles.append(block.register_forward_pre_hook(lambda m, args, at=at: inputs.__setitem__(at, _first(args))))
+        handles.append(block.register_forward_hook(lambda m, args, out, at=at: outputs.__setitem__(at, _first(out))))
+    try:
+        engine.see(prompt, plan)
+    finally:
+        for handle in handles:
+            handle.remove()
+    with torch.no_grad():
+        rows = engine.adapter.encode(prompt.images[0], plan.tower.sources())
+    worst, stray, changed = 0.0, 0.0, []
+    for layer in range(1, len(blocks)):
+        added = inputs[layer] - outputs[layer - 1]
+        if added.any():
+            changed.append(layer)
+        n = sum(len(grid.positions) for grid in prompt.grids)  # the class token comes before them
+        wanted = torch.zeros_like(added)
+        for entry in plan.tower:
+            if entry.layer == layer:
+                wanted[-n:] += entry.gain * rows[entry.source].float().cpu()
+        length = outputs[layer - 1].abs().max() + wanted.abs().max()
+        worst = max(worst, float((added - wanted)[-n:].abs().max() / length))
+        stray = max(stray, float(added[:-n].abs().max()))
+    planned = sorted({entry.layer for entry in plan.tower if entry.layer > 0})
+    figure = f"{len(changed)} of {len(planned)} before vision layers {', '.join(map(str, changed)) or 'none'}; "
+    figure += f"difference {worst:.1e} of the stream at the view's rows, {stray:g} elsewhere"
+    ok = changed == planned and worst <= TOLERANCE[engine.dtype] and stray == 0.0
+    return Check("stacks inside the vision tower", ok, figure)
+
+
+def _first(value: Tensor | tuple) -> Tensor:
+    """The first view's hidden states [T, d], float32 on the CPU."""
+    return (value[0] if isinstance(value, tuple) else value)[0].detach().float().cpu()
 
 
 # ---- 3. the same answer another way

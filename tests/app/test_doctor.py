@@ -10,9 +10,11 @@ import torch
 
 from app.cli import main
 from app.doctor import QUESTION, diagnose, sign, watch
+from model.instrument import Pass
 from model.loading import load
+from model.plan import enters_tower
 from model.types import Sampling
-from tests import tiny
+from tests import families, tiny
 
 KINDS = ("qwen", "hires", "single", "concat")
 
@@ -155,6 +157,32 @@ def test_rows_that_are_shifted_by_one_are_found(qwen):
 def test_something_injected_at_every_step_is_found(qwen):
     qwen.adapter.decoder.layers[2].register_forward_pre_hook(lambda module, args: (args[0] + 0.01, *args[1:]))
     assert "injections, prefill only" in failed(qwen)
+
+
+@pytest.mark.parametrize(
+    ("layer", "roll", "figure"),
+    [
+        (None, 0, "4 of 4 before vision layers 2, 3, 4, 5; difference"),
+        (3, 0, "3 of 4 before vision layers 2, 4, 5; difference"),
+        (3, 1, "4 of 4 before vision layers 2, 3, 4, 5; difference"),
+    ],
+)
+def test_stacks_inside_the_vision_tower_are_looked_at_too(layer, roll, figure, monkeypatch):
+    """Left out at one layer, or its rows one place on: the base is still finite and fluent."""
+    engine = families.engine("deepstack_v")
+    real = Pass.before_layer
+
+    def broken(self, at, hidden):
+        if at != layer or not any(enters_tower(entry.source) for entry in self.injections.get(at, ())):
+            return real(self, at, hidden)
+        moved = [entry._replace(rows=entry.rows.roll(roll, 0)) for entry in self.injections[at]]
+        return real(Pass({at: moved} if roll else {}, self.positions), at, hidden)
+
+    monkeypatch.setattr(Pass, "before_layer", broken)
+    checks = {check.name: check for check in diagnose(engine)}
+    found = checks["stacks inside the vision tower"]
+    assert found.ok == (layer is None) and found.figure.startswith(figure)
+    assert layer is not None or all(check.ok for check in checks.values())
 
 
 def test_exit_1_where_a_check_fails(capsys, tmp_path):
