@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextvars import ContextVar
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlavaConfig, PreTrainedConfig
 
 from model.errors import UserError
@@ -34,6 +35,22 @@ ARGUMENT = "deepstack_vit"
 START = re.compile(r"lsvit_start_layer_([0-9]{1,4})")
 NOTE = "A global view enters at the input; a dilated high-resolution view has entered the vision tower, layer by layer."
 SQUARE = "2xsample"  # every image in num_crops square tiles, as they always are here
+
+
+class _Reached(Exception):
+    """The tower has come to the layer before which the sets are taken."""
+
+    def __init__(self, hidden: Tensor):
+        super().__init__()
+        self.hidden = hidden
+
+
+_UNTIL_START: ContextVar[bool] = ContextVar("deepstack_lens_until_start", default=False)
+
+
+def _stop_here(module: nn.Module, args: tuple) -> None:
+    if _UNTIL_START.get():
+        raise _Reached(args[0])
 
 
 class DeepStackV(DeepStackLlama):
@@ -51,7 +68,9 @@ class DeepStackV(DeepStackLlama):
         self.trained = "trained with stacks in its vision tower"
         self.note = self.note.replace(NOTES["stack"], NOTE)
         self.start = self.settings["vit_start"]
-        hook_layers(self.model.model.vision_tower.encoder.layers)
+        layers = self.model.model.vision_tower.encoder.layers
+        hook_layers(layers)
+        layers[self.start].register_forward_pre_hook(_stop_here)
 
     @classmethod
     def matches(cls, config: PreTrainedConfig) -> bool:
@@ -106,9 +125,20 @@ class DeepStackV(DeepStackLlama):
     def _sets(self, image: Image.Image) -> dict[str, Tensor]:
         """Vision stack -> [N, vision width]: the tiles' tokens before vision layer `start`, dilated."""
         high, grid = self.high_resolution(image)
-        seen = self._square(self._states(self._pixels(tiles(high, self.tile)))[self.start])
+        seen = self._square(self._until_start(self._pixels(tiles(high, self.tile))))
         sets = sample(mosaic(seen, grid), grid, self.settings["num_crops"])
         return {f"{VISION}{k}": rows for k, rows in enumerate(sets)}
+
+    def _until_start(self, pixels: Tensor) -> Tensor:
+        """[B, 3, tile, tile] -> the tower's hidden states before vision layer `start`; no layer from there on runs."""
+        token = _UNTIL_START.set(True)
+        try:
+            self.model.model.vision_tower(pixels)
+        except _Reached as reached:
+            return reached.hidden
+        finally:
+            _UNTIL_START.reset(token)
+        raise RuntimeError("the vision tower went past the layer before which its stacks are taken")
 
     def views(self, image: Image.Image) -> tuple[View, ...]:
         image = image.convert("RGB")

@@ -95,6 +95,22 @@ def test_the_tiles_of_deepstack_v_go_through_its_tower_once_whatever_enters():
     assert seen == [4, 1, 1, 1]
 
 
+def test_the_tiles_of_deepstack_v_go_no_further_than_to_where_they_are_taken():
+    loaded = fresh("deepstack_v")
+    runs: dict[int, list[int]] = {}
+    layers = loaded.model.model.vision_tower.encoder.layers
+    handles = [
+        layer.register_forward_hook(lambda module, args, out, at=at: runs.setdefault(at, []).append(len(args[0])))
+        for at, layer in enumerate(layers)
+    ]
+    try:
+        loaded.answer(asked(loaded), loaded.layout.default, ONE)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert runs == {0: [4, 1], 1: [4, 1], 2: [1], 3: [1], 4: [1], 5: [1]}  # taken before layer 2
+
+
 @pytest.mark.parametrize("kind", ENTRIES)
 def test_completed_features_are_those_of_a_fresh_engine(kind):
     """Whatever was asked first, every plan's logits are bit for bit those that it gets alone."""
