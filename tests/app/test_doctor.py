@@ -33,6 +33,11 @@ def test_healthy_models_pass_and_nothing_is_left_behind(kind):
     assert engine.adapter.decoder.config._attn_implementation == "deepstack_lens"
 
 
+@pytest.mark.parametrize("kind", families.ENTRIES)
+def test_every_family_passes(kind):
+    assert failed(families.engine(kind)) == []
+
+
 def test_the_model_that_ships_passes_with_all_its_stacks():
     """Its nine stacks come of three by three tiles; a small picture is cut into fewer, and the last ones are zero."""
     checks = {check.name: check for check in diagnose(load("embedded/hires"))}
