@@ -74,6 +74,10 @@ CAPTIONS = {
         "Rows that keep no stack still stand in the context, so the budget spares pixels and not tokens; what a "
         "ranking is worth shows beside chance."
     ),
+    "lab_recall": (
+        "Shows from which part of a text a variant recalls facts that nobody could guess; that is room for facts, not "
+        "understanding, and 256 tokens are no long context."
+    ),
     "kept": (
         "The norm is that of this model's own stacks, the question's attention that of its first layer; "
         "the model was trained without a budget and is not run with one."

@@ -120,12 +120,28 @@ def budget_note(found: Summary) -> str:
     return f"Rows ranked: {', '.join(said)}. Ends: none, and every row every stack."
 
 
+def _seeds(rows: Sequence[Row]) -> str:
+    seeds = sorted({len(row.runs) for row in rows})
+    return f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed{'s' if seeds[0] > 1 else ''}"
+
+
 def lab_note(found: Summary) -> str:
     """How many seeds and questions stand behind the lab's numbers."""
-    seeds = sorted({len(row.runs) for row in found.rows})
-    each = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed{'s' if seeds[0] > 1 else ''}"
     dotted = "" if found.reference is None else f"; dotted: {found.reference.variant}"
+    each = _seeds(found.pictures)
     return f"{found.setting}, {each}; bars: 95 %{dotted}. ✓ the paper's sign, ✗ the other, ? undecided."
+
+
+def recall_note(found: Summary) -> str:
+    """How many rows of context each variant of the group "text" takes, and how many seeds there are."""
+    rows = {row.variant: row.spent("context") for row in found.texts}
+    taken = ", ".join(f"{of_text(name)} {count:.0f}" for name, count in rows.items() if count is not None)
+    return f"{found.setting}, {_seeds(found.texts)}; bars: 95 %." + (f" Rows of context: {taken}." if taken else "")
+
+
+def of_text(variant: str) -> str:
+    """A variant of the group "text" as a short name: text-full is full."""
+    return variant.removeprefix("text-")
 
 
 def visible(text: str) -> str:

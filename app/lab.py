@@ -146,12 +146,13 @@ def _compared(found: reading.Summary, row: reading.Row) -> list:
     gap, paper = found.difference(row), reading.PAPER.get(row.variant)
     spread = "" if row.deviation is None else f" ± {100 * row.deviation:.1f}"
     printed = paper.scores.get(found.bench) if paper else None
+    other = "" if found.against(row) == reading.REFERENCE else f" against {found.against(row)}"
     return [
         row.variant,
         len(row.seeds),
         f"{100 * row.mean.value:.1f}{spread}",
         f"{100 * row.mean.low:.1f} to {100 * row.mean.high:.1f}",
-        None if gap is None else f"{100 * gap.value:+.1f} ({100 * gap.low:+.1f} to {100 * gap.high:+.1f})",
+        None if gap is None else f"{100 * gap.value:+.1f} ({100 * gap.low:+.1f} to {100 * gap.high:+.1f}){other}",
         None if printed is None else f"{printed:.1f}",
         found.judge(row).kind,
         row.spent("context"),
@@ -159,7 +160,8 @@ def _compared(found: reading.Summary, row: reading.Row) -> list:
 
 
 def _row(record: dict) -> list:
-    scores = [f"{100 * record['accuracy'][kind]['exact_match']:.1f} %" for kind in ("fine", "coarse")]
+    found = [record["accuracy"].get(kind) for kind in ("fine", "coarse")]  # no text has coarse questions
+    scores = [each and f"{100 * each['exact_match']:.1f} %" for each in found]
     start = [record["variant"], record["seed"], record["steps"]]
     return [*start, *scores, record["cost"]["context"], f"{60 * record['hours']:.1f}"]
 
@@ -173,7 +175,7 @@ def _through_ray(todo: Sequence[lab.Job], options: argparse.Namespace, device: s
     try:
         if not options.ray:  # else each machine makes what it lacks
             sizes = (size.scenes, size.validation, size.test)
-            for pixels in sorted({job.variant.pixels for job in todo}):
+            for pixels in sorted({job.variant.pixels for job in todo if job.variant.reads != "text"}):
                 scenes.prepare(workdir, *sizes, device=device, progress=progress.fraction, pixels=pixels)
         if options.again:
             for job in todo:

@@ -22,6 +22,9 @@ MADE_UP = {
     "global-deeper": ("where", 0.09),
     "global-deeper-6": ("where", 0.03),
     "gate": ("strength", 0.61),
+    "text-full": ("text", 0.95),
+    "text-truncated": ("text", 0.24),
+    "text-stack-dilated": ("text", 0.70),
     "budget-50": ("budget", 0.45),
     "budget-25": ("budget", 0.30),
     "budget-50-random": ("budget", 0.35),
@@ -43,6 +46,11 @@ def line(variant: str, share: float | None = None, *, group: str = "", seed: int
         "coarse": {"n": 400, "exact_match": 0.9 + NOISE[seed % len(NOISE)]},
         "by_glyph_px": {height: {"n": 100, "exact_match": value} for height, value in heights.items()},
     }
+    if variant.startswith("text"):
+        parts = [0.0] * 6 + [0.97] * 2 if variant == "text-truncated" else [fine] * 8
+        shares = {str(part): {"n": 75, "exact_match": share} for part, share in enumerate(parts, 1)}
+        accuracy = {"fine": accuracy["fine"], "by_position": shares}
+        context = 258 if variant == "text-full" else 66
     cost = {
         **{"context": context, "prefill_flops": 1.5e7 * context, "prefill_seconds": 1e-4 * context},
         **{"prefill_bytes": 2e5 * context, "step_seconds": 0.3, "step_bytes": 1e8},

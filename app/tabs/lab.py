@@ -17,7 +17,7 @@ from analysis import budget, figures, lab
 from analysis.lab import Interval, Row, Run, Setting, Summary
 from app import asking, dealing, markup
 from app.desk import Desk
-from app.lab_files import FIGURES, FIRST, KINDS, axes_of, shown_curves, taken
+from app.lab_files import FIGURES, FIRST, KINDS, drawable, shown_curves, taken
 from app.session import Focus
 from app.wiring import bound, in_turn, line_of
 from model.errors import UserError
@@ -38,6 +38,7 @@ PLACES = {
     "dl-lab-axes": "figure 3",
     "dl-lab-acuity": "glyph height",
     "dl-lab-budget": "budget",
+    "dl-lab-recall": "recall of a text",
     "dl-lab-cost": "cost",
     "dl-deal": "how tokens are dealt out",
     "dl-lab-keep": "what a budget keeps",
@@ -55,8 +56,9 @@ NAVIGATION = (
 def results(
     desk: Desk, dark: bool, setting: str, metric: str, bench: str, cost: str, curves: Sequence[str] | None
 ) -> tuple:
-    """All views of the results file: (head, body, setting, curves, table, variants, axes, acuity, budget, cost)."""
-    nothing = (gr.skip(), gr.skip(), "", None, None, None, None, None)
+    """All views of the results file: (head, body, setting, curves, table, variants, axes, acuity, budget, recall,
+    cost)."""
+    nothing = (gr.skip(), gr.skip(), "", None, None, None, None, None, None)
     try:
         runs = lab.read(lab.RESULTS)
     except UserError as error:
@@ -69,17 +71,19 @@ def results(
         raise UserError(f"There is no cost “{cost}”; choose one of {', '.join(lab.COSTS)}.")
     shown = shown_curves(found, curves)
     drawn = lab.curves(found, shown)
+    full = drawable(found, drawn)
     return (
         head(found),
         gr.Column(visible=True),
         gr.Dropdown([str(each) for each in offered], value=str(found.setting)),
         gr.Dropdown([row.variant for row in found.rows if len(row.acuity.n)], value=shown),
         results_table(desk, runs, found),
-        figures.lab_variants(found, dark),
-        figures.lab_axes(found, dark) if axes_of(found) else None,
-        figures.acuity_curves(drawn, dark) if drawn else None,
-        figures.lab_budget(found, dark) if lab.budgets(found) else None,
-        figures.lab_cost(found, cost, dark) if any(row.spent(cost) is not None for row in found.rows) else None,
+        figures.lab_variants(found, dark) if full["variants"] else None,
+        figures.lab_axes(found, dark) if full["along figure 3"] else None,
+        figures.acuity_curves(drawn, dark) if full["acuity"] else None,
+        figures.lab_budget(found, dark) if full["budget"] else None,
+        figures.lab_recall(found, dark) if full["recall"] else None,
+        figures.lab_cost(found, cost, dark) if any(row.spent(cost) is not None for row in found.pictures) else None,
     )
 
 
@@ -227,7 +231,7 @@ def _row(desk: Desk, found: Summary, coarse: Summary, row: Row) -> str:
     cells = {
         "Variant": f"<b>{markup.escape(row.variant)}</b><small>{markup.escape(lab.what(row.variant))}</small>",
         "Ours, %": _share(row),
-        f"Against {lab.REFERENCE}": "–" if gap is None else _points(gap),
+        f"Against {lab.REFERENCE}": "–" if gap is None else _points(gap, found.against(row)),
         f"Paper, {found.bench}": printed,
         "Sign": f'<span class="dl-verdict dl-{kind}">{verdict.mark} {verdict.kind}</span>'
         f"<small>{markup.escape(verdict.why)}</small>",
@@ -247,8 +251,9 @@ def _share(row: Row, short: bool = False) -> str:
     return f"<span>{100 * row.mean.value:.1f}{deviation}</span><small>{ends}{seeds}</small>"
 
 
-def _points(gap: Interval) -> str:
-    return f"{100 * gap.value:+.1f}<small>{100 * gap.low:+.1f} to {100 * gap.high:+.1f}</small>"
+def _points(gap: Interval, against: str) -> str:
+    other = "" if against == lab.REFERENCE else f", <br>against {against}"
+    return f"{100 * gap.value:+.1f}<small>{100 * gap.low:+.1f} to {100 * gap.high:+.1f}{other}</small>"
 
 
 def _costs(row: Row) -> str:
@@ -348,6 +353,9 @@ def build(desk: Desk, *, tab, model, focus, dark, examples) -> tuple:
             budgets = gr.Plot(show_label=False, container=False, elem_id="dl-lab-budget")
             gr.HTML(markup.say("lab_budget"), apply_default_css=False)
         with gr.Column(elem_classes=["dl-panel"]):
+            recall = gr.Plot(show_label=False, container=False, elem_id="dl-lab-recall")
+            gr.HTML(markup.say("lab_recall"), apply_default_css=False)
+        with gr.Column(elem_classes=["dl-panel"]):
             spent = gr.Plot(show_label=False, container=False, elem_id="dl-lab-cost")
             cost = gr.Dropdown(
                 [(f"{each.words} ({each.unit})", key) for key, each in lab.COSTS.items()], value="context",
@@ -377,7 +385,7 @@ def build(desk: Desk, *, tab, model, focus, dark, examples) -> tuple:
     cards = examples()
 
     choices = [setting, metric, bench, cost, curves]
-    views = [status, body, setting, curves, table, variants, axes, acuity, budgets, spent]
+    views = [status, body, setting, curves, table, variants, axes, acuity, budgets, recall, spent]
     shown = {
         "fn": bound(results, desk), "inputs": [dark, *choices], "outputs": views, "queue": False,
         "show_progress": "minimal", "show_progress_on": [status],

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.lab.text_twin import TextTwin
 from model.lab.twin import LabTwin
 from model.training import packed
 
@@ -23,11 +24,16 @@ PREFILLS, STEPS = 9, 3  # timed; the middle one counts
 
 
 def measure(
-    twin: LabTwin, features: torch.Tensor, question: packed.Rows, step: Callable[[], None], dtype: torch.dtype
+    twin: LabTwin | TextTwin,
+    features: torch.Tensor,
+    question: packed.Rows,
+    step: Callable[[], None],
+    dtype: torch.dtype,
 ) -> dict:
-    """The cost of a prefill of one image `features` (or pixels) with one `question`, and of a training `step`.
+    """The cost of a prefill of one image `features` (or pixels, or a text) with one `question`, and of a training
+    `step`.
 
-    dtype: what the decoder's layers compute in. context: tokens of the image and before it. flops: two per
+    dtype: what the decoder's layers compute in. context: tokens of the image (or text) and before it. flops: two per
     multiplication and addition, without the whitening of features, which a finished model has in its projector. Bytes:
     the most that is allocated at once, beyond the weights."""
     with torch.no_grad():

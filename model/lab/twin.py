@@ -194,7 +194,7 @@ class LabTwin(Twin):
         words and keys of the image rows, which hold no stack yet; positions left out, softmax over the image rows, mean
         over words and heads. Its words are what stands before its first answer: nothing of an answer is used, and a
         second question gets the rows that the first one kept, as in a chat that goes on from its cache."""
-        llama = self.model.model.language_model
+        llama = self.language
         layer, heads = llama.layers[0], llama.config.num_attention_heads
         words = layer.self_attn.q_proj(layer.input_layernorm(llama.embed_tokens(asked.ids)))
         keys = layer.self_attn.k_proj(layer.input_layernorm(base))

@@ -2,8 +2,10 @@
 
 The global view has 8 x 8 tokens, the high-resolution view 16 x 16, dealt out to four sets of 64 (`sets_of`). A new
 variant is one line of VARIANTS. Most read the last layer of the frozen vision tower, from a cache; those that tune the
-tower or look inside it (`pixels`) read the views and run it themselves (model/lab/sight.py). Knows nothing about
-training.
+tower or look inside it (`pixels`) read the views and run it themselves (model/lab/sight.py).
+
+The group "text" has no picture: its long text has 256 tokens, of which the last 64 are the short context, and the same
+samplings deal the whole out to four sets of 64 (`entering`). Knows nothing about training.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ GROUPS = ("what enters", "how it enters", "sampling", "where", "tower", "strengt
 LAST = -1  # as a start: after the last layer, where no answer can see it
 TAPPED = (1, 2, 3)  # blocks of the tower, of 0 to 4, that are tapped; its last is what all others read
 TAPS = ("taps", "taps-samples")  # the merges whose rows come from several blocks
+TEXTS = ("text-full", "text-truncated", "text-stack")  # the merges that read a long text and no picture
+LONG, SHORT = HIGH**2, LOW**2  # tokens of that text, and of its end that is the short context
+PARTS = 8  # of that text, by which recall is told
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,9 @@ class Variant:
     name: str
     group: str
     words: str  # what it is, one sentence
-    merge: str = "stack"  # how visual tokens enter: stack, none, string, global-string, concat, average, or of TAPS
-    rows: str = "high"  # what a stack holds: samples of the high-resolution view, or the global tokens ("global")
+    merge: str = "stack"  # how visual tokens enter: stack, none, string, global-string, concat, average, of TAPS, TEXTS
+    rows: str = "high"  # what a stack holds: samples of the high-resolution view, or the global tokens ("global"); of a
+    # text: samples of the whole, or the short context
     sampling: str = "2d"  # see families.deepstack_llava.sample
     consistent: bool = True  # False: the global view is fitted into three quarters of its height
     start: int = 1  # the layer before which the first stack is added, or LAST
@@ -56,6 +62,11 @@ class Variant:
     def pixels(self) -> bool:
         """Whether it reads the views themselves and not the frozen tower's features."""
         return self.tuned or self.tower_start is not None or self.merge in TAPS
+
+    @property
+    def reads(self) -> str:
+        """What its data are: "text", "views", or "features" of the frozen tower."""
+        return "text" if self.merge in TEXTS else "views" if self.pixels else "features"
 
     @property
     def taps(self) -> int:
@@ -139,6 +150,15 @@ _ALL = (
     Variant("gate", "strength", "a learned scalar per stack", gate="scalar"),
     Variant("gate-channel", "strength", "a learned gain per stack and channel", gate="channel"),
     Variant("layer-positions", "strength", "a learned embedding per stack and row", positions=True),
+    Variant("text-full", "text", "a long text of facts, all of its 256 tokens in the sequence", merge="text-full"),
+    Variant("text-truncated", "text", "its last 64 tokens alone", merge="text-truncated"),
+    Variant("text-stack-dilated", "text", "its last 64 tokens in the sequence; before layers 1 to 4 every fourth token "
+            "of the whole, so that the four tokens of a fact land on one row", merge="text-stack", sampling="1d"),
+    Variant("text-stack-chunks", "text", "its last 64 tokens in the sequence; before layers 1 to 4 one quarter of the "
+            "whole after another, so that four facts lie on the same rows", merge="text-stack",
+            sampling="1d-sequential"),
+    Variant("text-stack-dummy", "text", "its last 64 tokens in the sequence and again before layers 1 to 4: a control",
+            merge="text-stack", sampling="1d", rows="global"),
     Variant("budget-50", "budget", "every stack for a quarter of the rows, half of them for another, none for the "
             "rest; by the norm of their features", keep_all=0.25, keep_some=0.5),
     Variant("budget-25", "budget", "every stack for an eighth of the rows, half of them for another, none for the "
@@ -176,7 +196,7 @@ def first_layer(variant: Variant, layers: int) -> int:
 def layers_of(variant: Variant, layers: int) -> dict[int, int]:
     """Layer -> set (or tap), of a decoder of `layers` layers, as the paper's loop has it: those beyond the last layer
     are left out. A single-injection variant has none."""
-    if variant.merge not in ("stack", *TAPS):
+    if variant.merge not in ("stack", "text-stack", *TAPS):
         return {}
     places = {first_layer(variant, layers) + variant.interval * k: k for k in range(variant.count)}
     return {layer: k for layer, k in places.items() if layer < layers}
@@ -201,3 +221,29 @@ def landing(variant: Variant, layers: int) -> tuple[torch.Tensor, torch.Tensor, 
         for k in layers_of(variant, layers).values():
             where[sets[k]] = torch.arange(LOW**2)
     return where, below, LOW**2
+
+
+def entering(variant: Variant, layers: int) -> torch.Tensor:
+    """Which tokens of a long text enter: `[1 + stacks, rows]`, those of the input first, then those of each stack in
+    the order of its layers.
+
+    As in the paper a short view stands in the sequence and all of the long one is stacked onto it, its own part again
+    included. An image's short view is a smaller image of all of it; a text has no such thing, so that ours is its end,
+    which is what truncation leaves. Dilated, four neighbours land on one row, as with 2d samples of an image; a fact
+    has four tokens, and none is torn.
+    """
+    whole, end = torch.arange(LONG), torch.arange(LONG - SHORT, LONG)
+    if variant.merge == "text-full":
+        return whole[None]
+    taken = [*layers_of(variant, layers).values()]
+    stacks = end.expand(len(taken), -1) if variant.rows == "global" else sets_of(variant.sampling)[taken]
+    return torch.cat([end[None], stacks])
+
+
+def found_at(variant: Variant, layers: int) -> torch.Tensor:
+    """In which row of the decoder to look for each token of a long text, `[256]`: that of its stack if it has one; -1
+    for a token that does not enter."""
+    where = torch.full((LONG,), -1)
+    for tokens in entering(variant, layers):
+        where[tokens] = torch.arange(len(tokens))
+    return where

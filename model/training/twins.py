@@ -306,6 +306,11 @@ class Twin(nn.Module):
     def projector(self) -> nn.Module:
         return self.model.model.multi_modal_projector
 
+    @property
+    def language(self) -> nn.Module:
+        """The decoder's layers and embeddings."""
+        return self.model.model.language_model
+
     @torch.no_grad()
     def fold(self) -> None:
         """Put the whitening into the projector's first layer: from now on the tower's own features enter."""
@@ -335,8 +340,7 @@ class Twin(nn.Module):
     ):
         """`forward` from what `inject` gives."""
         lead = torch.tensor(self.lead, device=base.device)
-        language = self.model.model.language_model
-        result = packed.forward(language, lead, base, stacks, rows, self.watched, self.inspected, dtype=dtype)
+        result = packed.forward(self.language, lead, base, stacks, rows, self.watched, self.inspected, dtype=dtype)
         return None if rows is None else self.model.lm_head(result.hidden), result
 
 
@@ -387,7 +391,7 @@ def fit(
     around a residual stream in float32.
     """
     out.mkdir(parents=True, exist_ok=True)
-    llama = twin.model.model.language_model
+    llama = twin.language
     matrices = [p for p in llama.layers.parameters() if p.ndim == 2]
     accelerator = accelerator_for(device)
     dtype = compute_dtype(accelerator)

@@ -15,6 +15,8 @@ from model.lab.variants import TAPPED
 from tests import lab as made
 from tests.lab import line
 
+PARTLESS = {"fine": {"n": 5, "exact_match": 1}, "by_position": {"1": {"exact_match": 1}}}
+
 
 def runs(tmp_path, *lines):
     return lab.read(made.write(tmp_path / "results.jsonl", list(lines) or None))
@@ -53,6 +55,7 @@ def test_a_run_is_read_back(tmp_path):
         (json.dumps(line("none") | {"accuracy": {"fine": {"n": 5, "exact_match": math.nan}}}), "not a share"),
         (json.dumps(line("none") | {"accuracy": {"fine": {"exact_match": 0.1}}}), "fine lacks n or exact_match"),
         (json.dumps(line("none") | {"accuracy": {}}), "neither fine nor coarse"),
+        (json.dumps(line("text-full") | {"accuracy": PARTLESS}), "its accuracy for 1 lacks n"),
         (json.dumps(line("none") | {"cost": {"context": "long"}}), "its cost context is 'long'"),
     ],
 )
@@ -128,6 +131,7 @@ def test_signs_beside_the_papers(tmp_path):
         **{"start-last": "not in the paper", "layers-2": "agrees", "interval-2": "agrees"},
         **{"global-deeper": "not in the paper", "global-deeper-6": "agrees", "gate": "not in the paper"},
         **dict.fromkeys(("budget-50", "budget-25", "budget-50-random"), "not in the paper"),
+        **{"text-truncated": "reference", "text-full": "not in the paper", "text-stack-dilated": "not in the paper"},
     }
     assert "holds zero" in found.judge(found.row("concat")).why
     assert "below 1" in found.judge(found.row("string")).why  # 50.7 against 51.1 on average …
@@ -182,6 +186,32 @@ def test_the_tower_axis_is_a_share_of_each_towers_depth(tmp_path):
 def test_what_the_paper_says_is_said_of_variants_that_there_are():
     assert set(lab.PAPER) <= set(lab.VARIANTS)
     assert {paper.against for paper in lab.PAPER.values()} <= set(lab.VARIANTS)
+
+
+def test_texts_are_compared_with_each_other_and_drawn_apart(tmp_path):
+    found = summary(tmp_path)
+    names = ["text-full", "text-truncated", "text-stack-dilated"]
+    assert [row.variant for row in found.texts] == names and len(found.pictures) == len(found.rows) - 3
+    assert found.difference(found.row("text-full")).value == pytest.approx(0.95 - 0.24)
+    assert found.difference(found.row("text-truncated")) is None
+    alone = summary(tmp_path, line("text-full"), line("none"))
+    assert alone.difference(alone.row("text-full")) is None
+    rows = {row["variant"]: row for row in lab.table(runs(tmp_path)).records()}
+    assert rows["text-full"]["against"] == "text-truncated" and rows["none"]["against"] == "stack-2d"
+
+
+def test_recall_is_told_by_part_of_the_text(tmp_path):
+    found = summary(tmp_path)
+    recall = found.row("text-truncated").recall
+    assert [*recall] == [*range(1, 9)] and recall[1].value == 0 and recall[8].value == pytest.approx(0.97)
+    three = found.row("text-full").recall[4]
+    assert three == lab.mean_interval([0.95, 0.96, 0.94], 75)
+    records = lab.recall_table(found).records()
+    assert len(records) == 3 * 8 and records[0] == {
+        "variant": "text-full", "part": 1, "exact_match": pytest.approx(0.95),
+        "low_95": pytest.approx(three.low), "high_95": pytest.approx(three.high),
+    }  # fmt: skip
+    assert found.row("none").recall == {}
 
 
 def test_acuity_adds_the_questions_of_all_seeds(tmp_path):

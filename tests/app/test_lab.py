@@ -84,7 +84,8 @@ def test_the_table_stands_beside_the_papers_and_can_be_taken_away(said, tmp_path
     lines = {line.split()[0]: line.split() for line in out.splitlines() if line}
     assert lines["dummy"][:4] == ["dummy", "3", "11.0", "±"] and "agrees" in lines["dummy"] and "49.1" in lines["dummy"]
     names = {path.name for path in (tmp_path / "taken").rglob("*.*")}
-    assert {"lab-variants.csv", "lab-acuity.csv", "lab-axes.svg", "lab-cost.png"} <= names and len(names) == 12
+    assert {"lab-variants.csv", "lab-recall.csv", "lab-axes.svg", "lab-cost.png"} <= names and len(names) == 15
+    assert "text-truncated" in lines["text-full"]
     code, out, _ = said("table", "--results", str(file), "--metric", "coarse", "--json")
     (row,) = [row for row in json.loads(out) if row["variant"] == "string"]
     assert code == 0 and row["mean"] == pytest.approx(0.9) and row["context"] == 162

@@ -31,7 +31,7 @@ def results(tmp_path, monkeypatch):
 def test_without_results_the_commands_stand_there(desk, results):
     head, body, *rest = lab.results(desk, False, *CHOICES)
     assert "No results yet" in head and "app lab run stack-2d none dummy" in head.replace("&#45;", "-")
-    assert body.visible is False and rest[2] == "" and rest[3:] == [None] * 5
+    assert body.visible is False and rest[2] == "" and rest[3:] == [None] * 6
     made.write(results, [])
     assert lab.results(desk, False, *CHOICES)[0] == head
     with pytest.raises(UserError, match="no results yet; run python -m app lab run stack-2d"):
@@ -49,7 +49,7 @@ def test_a_broken_line_is_said_on_the_page(desk, results):
 def test_all_views_of_a_full_file(desk, results):
     made.write(results)
     head, body, setting, curves, table, *plots = lab.results(desk, True, *CHOICES)
-    assert body.visible and setting.value == "2,000 steps on cpu" and len(plots) == 5 and all(p.data for p in plots)
+    assert body.visible and setting.value == "2,000 steps on cpu" and len(plots) == 6 and all(p.data for p in plots)
     assert "<b>5</b> agree with the paper in sign, <b>1</b> disagree, <b>2</b> cannot decide" in head
     assert curves.value == ["stack-2d", "none", "dummy", "string", "concat"]
     for variant in made.MADE_UP:
@@ -59,11 +59,24 @@ def test_all_views_of_a_full_file(desk, results):
     assert "global-string" in head.replace("&#45;", "-")  # of the paper, without a run of ours
 
 
+def test_text_variants_stand_in_the_table_and_in_a_figure_of_their_own(desk, results):
+    made.write(results)
+    table, variants, *_, recall, cost = lab.results(desk, False, *CHOICES)[4:]
+    assert "against text-truncated" in table.replace("&#45;", "-") and "+71.0" in table
+    assert "text-full" not in variants.to_json() and "text-full" not in cost.to_json()
+    assert len(recall.data) == 3 and list(recall.data[1].x) == [*range(1, 9)] and recall.data[1].y[7] > 90
+    made.write(results, [line("text-full"), line("text-truncated")])
+    *_, table, variants, axes, acuity, budget, recall, cost = lab.results(desk, False, *CHOICES)
+    assert recall.data and "+71.0" in table and [variants, axes, acuity, budget, cost] == [None] * 5
+    with pytest.raises(UserError, match="nothing to draw for “variants”"):
+        lab.take(desk, "variants", "png", *CHOICES)
+
+
 def test_choices_change_what_is_shown(desk, results):
     made.write(results, [*(line(name) for name in made.MADE_UP), line("none", steps=9), line("stack-2d", steps=9)])
     wide = lab.results(desk, False, "9 steps on cpu", "coarse", "DocVQA", "step_seconds", ["none", "gone"])
     assert wide[2].value == "9 steps on cpu" and wide[3].value == ["none"]
-    assert "31.7 (-7.0)" in wide[4] and "90.0" in wide[4] and "time of a training step" in wide[9].to_json()
+    assert "31.7 (-7.0)" in wide[4] and "90.0" in wide[4] and "time of a training step" in wide[10].to_json()
     assert wide[6] is not None and len(wide[7].data) == 1
     for wrong in (("7 steps", *CHOICES[1:]), ("", "beauty", "AVG", "context", None), ("", "fine", "AVG", "luck", None)):
         with pytest.raises(UserError, match="no runs of|no metric|no cost"):
@@ -102,6 +115,8 @@ def test_files_to_take_away(desk, results):
     with open(lab.take(desk, "variants", "csv", *CHOICES), encoding="utf-8") as file:
         rows = list(csv.DictReader(io.StringIO(file.read())))
     assert len(rows) == len(made.MADE_UP) and rows[1]["paper_score"] == "49.1"
+    with open(lab.take(desk, "recall", "csv", *CHOICES), encoding="utf-8") as file:
+        assert len([*csv.DictReader(io.StringIO(file.read()))]) == 3 * 8
     for wrong in (("soul", "png"), ("cost", "exe")):
         with pytest.raises(UserError, match="There is no “"):
             lab.take(desk, *wrong, *CHOICES)
