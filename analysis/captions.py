@@ -78,6 +78,10 @@ CAPTIONS = {
         "Shows from which part of a text a variant recalls facts that nobody could guess; that is room for facts, not "
         "understanding, and 256 tokens are no long context."
     ),
+    "lab_search": (
+        "Shows what one search found from one seed in one small decoder; what it would choose for another depth or "
+        "other pictures is open."
+    ),
     "kept": (
         "The norm is that of this model's own stacks, the question's attention that of its first layer; "
         "the model was trained without a budget and is not run with one."

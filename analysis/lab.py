@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,8 +26,8 @@ from analysis.evaluate import Acuity, acuity, wilson
 from analysis.tables import Table
 from model.errors import UserError
 from model.lab import results
-from model.lab.results import RESULTS
-from model.lab.variants import GROUPS, LONG, PARTS, SHORT, VARIANTS
+from model.lab.results import RESULTS, SEARCHES
+from model.lab.variants import GROUPS, LONG, PARTS, SHORT, variant_of
 
 REFERENCE = "stack-2d"
 TEXT = "text"  # the group that reads long texts and no pictures: its numbers are those of another task ...
@@ -235,7 +235,10 @@ CANNOT_SAY = {
 
 def what(variant: str) -> str:
     """A variant in words; "" for one that is not known here."""
-    return VARIANTS[variant].words if variant in VARIANTS else ""
+    try:
+        return variant_of(variant).words
+    except UserError:
+        return ""
 
 
 # ---- runs
@@ -663,3 +666,115 @@ def curves(found: Summary, variants: Sequence[str]) -> dict[str, Acuity]:
     """Acuity of these variants, those left out that have no glyph heights."""
     wanted = [row for row in found.rows if row.variant in variants]
     return {row.variant: curve for row in wanted if len((curve := row.acuity).n)}
+
+
+# ---- searches for where stacks enter
+
+
+class Tried(NamedTuple):
+    """One run of a search at one rung: shares of validation questions' characters and whole answers."""
+
+    variant: str
+    start: int
+    interval: int
+    count: int
+    characters: float
+    exact_match: float
+
+
+@dataclass(frozen=True)
+class Rung:
+    """The runs of a search at one step, the best first; the first `kept` went on, or won."""
+
+    step: int
+    ranking: tuple[Tried, ...]
+    kept: int
+
+    @property
+    def count(self) -> int:
+        return len(self.ranking)
+
+    @property
+    def rows(self) -> list[list]:
+        """For a table: variant, its place, scores in %, whether it went on."""
+        return [
+            [each.variant, each.start, each.interval, each.count, f"{100 * each.characters:.1f}",
+             f"{100 * each.exact_match:.1f}", "kept" if number < self.kept else ""]
+            for number, each in enumerate(self.ranking)
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Search:
+    """One finished search, a line of its file."""
+
+    setting: Setting
+    seed: int
+    budget: int
+    spent: int
+    candidates: int  # placings that there are
+    rungs: tuple[Rung, ...]
+    winner: str
+    rule: str
+
+    @property
+    def command(self) -> str:
+        size, device = self.setting.size, self.setting.device
+        text = f"python -m app lab search --seeds {self.seed} --budget {self.budget}" + (
+            f" --size {size}" if size else ""
+        )
+        return text + f" --steps {self.setting.steps}" + ("" if device == "cpu" else f" --device {device}")
+
+
+def read_searches(path: Path | str = SEARCHES) -> list[Search]:
+    """All searches of a file in its order; [] where there is no file. UserError with file and line number for a line
+    that is none."""
+    found = []
+    for number, raw in results.lines(Path(path)):
+        try:
+            ranked = [
+                [Tried(*(each[name] for name in Tried._fields)) for each in rung["ranking"]] for rung in raw["rungs"]
+            ]
+            kept = [*(len(each) for each in ranked[1:]), 1]
+            rungs = [
+                Rung(int(rung["step"]), tuple(each), n)
+                for rung, each, n in zip(raw["rungs"], ranked, kept, strict=True)
+            ]
+            setting = Setting(int(raw["steps"]), str(raw["device"]), str(raw["config"].get("size", "")))
+            numbers = (int(raw[name]) for name in ("seed", "budget", "spent", "candidates"))
+            found.append(Search(setting, *numbers, tuple(rungs), str(raw["winner"]), str(raw["rule"])))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            words = f"{type(error).__name__} {error}"
+            raise UserError(
+                f"{results.short(Path(path))}, line {number}, is no search: {words}. {results.AGAIN}"
+            ) from error
+    return found
+
+
+def outcome(search: Search, runs: Sequence[Run]) -> str:
+    """Whether the winner of a search beats the paper's rule of thumb on test scenes, in one or two sentences."""
+    if search.winner == search.rule:
+        return f"The search ended at the paper's rule of thumb, {search.rule}: it finds nothing better."
+    here = settings(runs).get(search.setting, [])
+    row = {each.variant: each for each in summary(here).rows} if here else {}
+    lacks = [name for name in (search.winner, search.rule) if name not in row]
+    if lacks:
+        return f"Not compared yet: {' and '.join(lacks)} {'has' if len(lacks) == 1 else 'have'} no run on test scenes."
+    winner, rule = row[search.winner], row[search.rule]
+    # the run that won was picked for being good: where there are others of its kind, they speak for it
+    others = tuple(run for run in winner.runs if run.seed != search.seed)
+    picked = "" if others else " Its only run is the one that the search picked, which flatters it."
+    winner = replace(winner, runs=others or winner.runs)
+    gap = winner.minus(rule)
+    ends = f"{100 * gap.value:+.1f} points of fine questions, {100 * gap.low:+.1f} to {100 * gap.high:+.1f}"
+    seeds = f"seeds {_and(winner.seeds)} against {_and(rule.seeds)}"
+    if gap.low <= 0 <= gap.high:
+        told = f"Undecided: {search.winner} against the rule of thumb {search.rule}, {ends}, and that holds zero"
+    else:
+        word = "beats" if gap.value > 0 else "does not beat"
+        told = f"{search.winner} {word} the rule of thumb {search.rule}: {ends}"
+    return f"{told} ({seeds}).{picked}"
+
+
+def _and(seeds: Sequence[int]) -> str:
+    return " and ".join(filter(None, [", ".join(map(str, seeds[:-1])), str(seeds[-1])]))

@@ -70,3 +70,23 @@ def write(path: Path, lines: list[dict] | None = None, seeds: int = 3) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(each) + "\n" for each in lines), encoding="utf-8")
     return path
+
+
+def search(winner: str = "start-2-interval-1-count-3", **more) -> dict:
+    """A search of six steps' budget at the setting of `line`; `more` replaces fields."""
+    names = {
+        "start-2-interval-1-count-3": (2, 1, 3),
+        "stack-2d": (1, 1, 4),
+        "layers-1": (1, 1, 1),
+        "start-4": (4, 1, 4),
+    }
+    order = sorted(names, key=lambda name: name != winner)
+    tried = [
+        {"variant": name, **dict(zip(("start", "interval", "count"), names[name], strict=True)), "n": 300}
+        | {"characters": 0.8 - number / 10, "exact_match": 0.5 - number / 10}
+        for number, name in enumerate(order)
+    ]
+    rungs = [{"step": step, "ranking": tried[:count]} for step, count in ((500, 4), (1000, 2), (2000, 1))]
+    made = {"variant": "search", "config": {"budget": 5000}, "seed": 0, "steps": 2000, "device": "cpu", "budget": 5000}
+    made |= {"spent": 4000, "candidates": 49, "rungs": rungs, "winner": winner, "rule": "stack-2d"}
+    return {**made, "when": "2026-01-01", "versions": {}, **more}

@@ -14,7 +14,7 @@ from gradio import processing_utils
 from gradio.utils import get_upload_folder
 
 from analysis import budget, figures, lab
-from analysis.lab import Interval, Row, Run, Setting, Summary
+from analysis.lab import Interval, Row, Run, Search, Setting, Summary
 from app import asking, dealing, markup
 from app.desk import Desk
 from app.lab_files import FIGURES, FIRST, KINDS, drawable, shown_curves, taken
@@ -40,6 +40,7 @@ PLACES = {
     "dl-lab-budget": "budget",
     "dl-lab-recall": "recall of a text",
     "dl-lab-cost": "cost",
+    "dl-lab-search": "search",
     "dl-deal": "how tokens are dealt out",
     "dl-lab-keep": "what a budget keeps",
 }
@@ -48,6 +49,7 @@ NAVIGATION = (
     + "".join(f'<a href="#{place}">{words}</a>' for place, words in PLACES.items())
     + "</nav>"
 )
+RUNG = ("Variant", "Start", "Interval", "Stacks", "Characters, %", "Exact, %", "")  # columns of a search's table
 
 
 # ---- handlers: plain values in, plain values out
@@ -57,10 +59,10 @@ def results(
     desk: Desk, dark: bool, setting: str, metric: str, bench: str, cost: str, curves: Sequence[str] | None
 ) -> tuple:
     """All views of the results file: (head, body, setting, curves, table, variants, axes, acuity, budget, recall,
-    cost)."""
-    nothing = (gr.skip(), gr.skip(), "", None, None, None, None, None, None)
+    cost, searches)."""
+    nothing = (gr.skip(), gr.skip(), "", None, None, None, None, None, None, "")
     try:
-        runs = lab.read(lab.RESULTS)
+        runs, searches = lab.read(lab.RESULTS), lab.read_searches(lab.SEARCHES)
     except UserError as error:
         said = f'<p class="dl-error" role="alert">{markup.escape(str(error))}</p>'
         return said, gr.Column(visible=False), *nothing
@@ -84,6 +86,7 @@ def results(
         figures.lab_budget(found, dark) if full["budget"] else None,
         figures.lab_recall(found, dark) if full["recall"] else None,
         figures.lab_cost(found, cost, dark) if any(row.spent(cost) is not None for row in found.pictures) else None,
+        "".join(search_panel(each, runs) for each in searches),
     )
 
 
@@ -215,6 +218,30 @@ def results_table(desk: Desk, runs: Sequence[Run], found: Summary) -> str:
         f"{''.join(parts)}{markup.say('lab_table')}"
         f"<details><summary>What makes all of this again</summary>{again}{code('python -m app lab table')}</details>"
         "</div>"
+    )
+
+
+def search_panel(search: Search, runs: Sequence[Run]) -> str:
+    """A search for where stacks enter: its rungs, its winner, and whether that beats the paper's rule of thumb."""
+    heads = "".join(f"<th>{head}</th>" for head in RUNG)
+    parts = []
+    for rung in search.rungs:
+        lines = "".join(
+            f"<tr>{''.join(f'<td>{markup.escape(str(cell))}</td>' for cell in row)}</tr>" for row in rung.rows
+        )
+        opened = " open" if rung is search.rungs[-1] else ""
+        parts.append(
+            f"<details{opened}><summary>step {rung.step:,}: {rung.count} runs, {rung.kept} kept</summary>"
+            f'<table class="dl-lab-rung"><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></details>'
+        )
+    words = (
+        f"{search.rungs[0].count} of {search.candidates} placings, drawn by chance; at each step the better half went "
+        f"on, ranked on validation scenes. {search.spent:,} of {search.budget:,} training steps were spent."
+    )
+    return (
+        f'<div class="dl-panel"><h3>A search for where stacks enter <small>{search.setting}</small></h3>'
+        f'<p class="dl-lab-count">{markup.escape(lab.outcome(search, runs))}</p><p class="dl-note">{words}</p>'
+        f"{''.join(parts)}{markup.say('lab_search')}{code(search.command)}</div>"
     )
 
 
@@ -362,6 +389,7 @@ def build(desk: Desk, *, tab, model, focus, dark, examples) -> tuple:
                 label="Cost", filterable=False,
             )  # fmt: skip
             gr.HTML(markup.say("lab_cost"), apply_default_css=False)
+        searched = gr.HTML("", apply_default_css=False, elem_id="dl-lab-search")
         with gr.Row(elem_classes=["dl-take"]):
             what = gr.Dropdown(list(FIGURES), value="variants", label="Take away", scale=2, filterable=False)
             kind = gr.Radio(list(KINDS), value="png", label="as", scale=2)
@@ -385,7 +413,7 @@ def build(desk: Desk, *, tab, model, focus, dark, examples) -> tuple:
     cards = examples()
 
     choices = [setting, metric, bench, cost, curves]
-    views = [status, body, setting, curves, table, variants, axes, acuity, budgets, recall, spent]
+    views = [status, body, setting, curves, table, variants, axes, acuity, budgets, recall, spent, searched]
     shown = {
         "fn": bound(results, desk), "inputs": [dark, *choices], "outputs": views, "queue": False,
         "show_progress": "minimal", "show_progress_on": [status],

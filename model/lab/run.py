@@ -115,22 +115,12 @@ def forget(job: Job, workdir: Path) -> None:
     shutil.rmtree(job.folder(workdir), ignore_errors=True)
 
 
-def run(job: Job, workdir: Path, device: str | None = None, progress=None) -> dict:
-    """Train, test and measure; the record of the run. Goes on from the run's last checkpoint in `workdir`.
-    progress(share, words). UserError where it is to use a GPU and there is none."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is cuda, but the machine of this run has no GPU that works; give --device cpu.")
-    folder, size = job.folder(workdir), job.size
-    made = _with_text(job) if job.variant.reads == "text" else _with_pictures(job, workdir, device)
-    twin, questions, training, watched, tested = made
-    options = {"batch": size.batch, "seed": job.seed, "rate": size.rate, "device": device, "progress": progress}
-    if job.variant.tuned:
-        options["gentle"] = twin.model.model.vision_tower.parameters()
-    twins.fit(job.name, twin, questions, training, watched, folder, (job.steps,), **options, log=lambda line: None)
-    minutes = json.loads((folder / "curve.jsonl").read_text().splitlines()[-1])["minutes"]
+def run(job: Job, workdir: Path, device: str | None = None, progress=None, runs: Path | None = None) -> dict:
+    """Train, test and measure; the record of the run. Goes on from the run's last checkpoint in `workdir`, or in `runs`
+    where that is given. progress(share, words). UserError where it is to use a GPU and there is none."""
+    twin, questions, training, _, tested = train(job, workdir, device, progress, runs)
+    curve = (job.folder(runs or workdir) / "curve.jsonl").read_text().splitlines()
     accelerator = accelerator_for(device)
-    twin.to(accelerator.device).eval()
-    accuracy = marks(twins.answered(twin, questions, *tested, most=MOST))
     return {
         "variant": job.variant.name,
         "group": job.variant.group,
@@ -138,13 +128,32 @@ def run(job: Job, workdir: Path, device: str | None = None, progress=None) -> di
         "seed": job.seed,
         "steps": job.steps,
         "device": accelerator.device.type,
-        "hours": round(minutes / 60, 3),
+        "hours": round(json.loads(curve[-1])["minutes"] / 60, 3),
         "parameters": twin.counted(),
-        "accuracy": accuracy,
-        "cost": costs(twin, questions, training[0], size.batch, compute_dtype(accelerator)),
+        "accuracy": marks(twins.answered(twin, questions, *tested, most=MOST)),
+        "cost": costs(twin, questions, training[0], job.size.batch, compute_dtype(accelerator)),
         "when": datetime.date.today().isoformat(),
         "versions": versions(accelerator.device),
     } | learned(twin)  # fmt: skip
+
+
+def train(
+    job: Job, workdir: Path, device: str | None, progress=None, runs: Path | None = None, until: int | None = None
+) -> tuple:
+    """Train, as `run` does, to the end or to the step `until`: (twin, questions, training, validation, test), the twin
+    ready to be asked."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, but the machine of this run has no GPU that works; give --device cpu.")
+    folder, size = job.folder(runs or workdir), job.size
+    made = _with_text(job) if job.variant.reads == "text" else _with_pictures(job, workdir, device)
+    twin, questions, training, watched, _ = made
+    options = {"batch": size.batch, "seed": job.seed, "rate": size.rate, "device": device, "progress": progress}
+    options |= {"until": until, "log": lambda line: None}
+    if job.variant.tuned:
+        options["gentle"] = twin.model.model.vision_tower.parameters()
+    twins.fit(job.name, twin, questions, training, watched, folder, (job.steps,), **options)
+    twin.to(accelerator_for(device).device).eval()
+    return made
 
 
 def _with_pictures(job: Job, workdir: Path, device: str | None) -> tuple:

@@ -10,7 +10,8 @@ samplings deal the whole out to four sets of 64 (`entering`). Knows nothing abou
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -172,13 +173,32 @@ _ALL = (
             keep_all=0.125, keep_some=0.25, keep_by="question"),
 )  # fmt: skip
 VARIANTS = {variant.name: variant for variant in _ALL}
+PLACED = r"start-(\d+)-interval-(\d+)-count-(\d+)"  # names of what `placed` makes
 
 
 def variant_of(name: str) -> Variant:
-    """UserError unless there is one of this name."""
-    if name not in VARIANTS:
+    """That of the registry, or a `placed` one by its name. UserError unless there is one of this name."""
+    if name in VARIANTS:
+        return VARIANTS[name]
+    numbers = re.fullmatch(PLACED, name)
+    found = placed(*map(int, numbers.groups())) if numbers else None
+    if found is None or found.name != name:
         raise UserError(f"There is no lab variant {name!r}; there are {', '.join(VARIANTS)}.")
-    return VARIANTS[name]
+    return found
+
+
+def placed(start: int, interval: int, count: int) -> Variant | None:
+    """The reference with its stacks in other places: the one of the registry where there is one; None for numbers that
+    are none of a place or add no stack."""
+    if interval < 1 or not 1 <= count <= SETS or (count == 1 and interval > 1):
+        return None
+    of = "one stack" if count == 1 else f"{count} stacks"
+    every = f", every {interval} layers" if interval > 1 else ""
+    made = replace(
+        VARIANTS["stack-2d"], name=f"start-{start}-interval-{interval}-count-{count}", group="where",
+        words=f"{of} from layer {start} on{every}", start=start, interval=interval, count=count,
+    )  # fmt: skip
+    return next((known for known in VARIANTS.values() if known.config() == made.config()), made)
 
 
 def sets_of(sampling: str) -> torch.Tensor:

@@ -382,9 +382,11 @@ def fit(
     progress=None,
     log=print,
     gentle: Iterable[nn.Parameter] = (),
+    until: int | None = None,
 ) -> nn.Module:
     """Train what needs a gradient in `twin`, called as a Twin is, in cycles of the rate that end after the steps
-    `ends`; resumable from out/last.pt. gentle: weights that were trained before, for which GENTLE holds.
+    `ends`; resumable from out/last.pt. gentle: weights that were trained before, for which GENTLE holds. until: the
+    step after which it pauses, with a checkpoint; a later call goes on as if it had not.
 
     The first steps ask nothing: with many scenes at once and no question tokens, image rows learn what they hold in a
     seventh of the steps that answers need for it. The decoder's layers run in bfloat16 where the machine is fast in it,
@@ -418,7 +420,8 @@ def fit(
             set_random_state(saved["random"])
     started, sums, since = time.time() - spent * 60, Counter(), 0
     steps, looks = ends[-1], looking_steps(ends)
-    for step in range(first, steps):
+    stop = steps if until is None else min(until, steps)
+    for step in range(first, stop):
         rng = np.random.default_rng([seed, step])  # the same scenes and questions for every variant
         order = rng.integers(counts[-1], size=LOOK_BATCH if step < looks else batch)
         shards = np.searchsorted(counts, order, side="right") - 1
@@ -453,12 +456,12 @@ def fit(
         sums.update({name: value.item() for name, value in losses.items()})
         since += 1
         minutes = (time.time() - started) / 60
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == stop:
             values = {"twin": twin.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
             values |= {"step": step + 1, "minutes": minutes, "random": random_state()}
             torch.save(values, last.with_suffix(".new"))  # whoever is killed here goes on from the one before
             last.with_suffix(".new").replace(last)
-        if (step + 1) % 200 == 0 or step + 1 == steps:
+        if (step + 1) % 200 == 0 or step + 1 == stop:
             record = {"step": step + 1, "minutes": round(minutes, 2)}
             record |= {name: round(value / since, 4) for name, value in sums.items()}
             sums, since = Counter(), 0

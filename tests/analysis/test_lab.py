@@ -11,7 +11,7 @@ from analysis import lab
 from analysis.lab import Setting
 from model.errors import UserError
 from model.lab.scenes import TOWER
-from model.lab.variants import TAPPED
+from model.lab.variants import TAPPED, VARIANTS
 from tests import lab as made
 from tests.lab import line
 
@@ -184,8 +184,8 @@ def test_the_tower_axis_is_a_share_of_each_towers_depth(tmp_path):
 
 
 def test_what_the_paper_says_is_said_of_variants_that_there_are():
-    assert set(lab.PAPER) <= set(lab.VARIANTS)
-    assert {paper.against for paper in lab.PAPER.values()} <= set(lab.VARIANTS)
+    assert set(lab.PAPER) <= set(VARIANTS)
+    assert {paper.against for paper in lab.PAPER.values()} <= set(VARIANTS)
 
 
 def test_texts_are_compared_with_each_other_and_drawn_apart(tmp_path):
@@ -265,3 +265,4 @@ def test_every_row_of_the_paper_has_its_table_and_every_group_its_limits():
     assert set(lab.CANNOT_SAY) == set(lab.GROUPS)
     assert lab.PAPER["string"].difference("DocVQA") == 4.8 and lab.PAPER["global-deeper-6"].difference("AVG") is None
     assert lab.what("start-4") == "stacks before layers 4 to 7" and lab.what("new") == ""
+    assert lab.what("start-2-interval-2-count-3") == "3 stacks from layer 2 on, every 2 layers"
