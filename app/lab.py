@@ -146,6 +146,8 @@ def _table(options: argparse.Namespace) -> Outcome:
         headers = ["variant", "seeds", "ours, %", "95 %", f"against {reading.REFERENCE}", f"paper {found.bench}"]
         parts.append(f"{setting}: {found.words}\n{table([*headers, 'sign', 'context'], rows)}")
         written |= {f"{_slug(str(setting))}/{name}": data for name, data in files(each, found).items()}
+    for each in reading.read_searches(file.with_name(results.SEARCHES.name)):
+        parts.append(f"search, {each.setting}, seed {each.seed}: {reading.outcome(each, runs)}")
     if options.out:
         parts.append(f"{len(write_files(options.out, written))} files are in {options.out}")
     return Outcome(reading.table(runs, options.metric, options.bench).records(), "\n\n".join(parts))

@@ -247,6 +247,61 @@ def test_the_table_has_all_settings_and_both_scales(tmp_path):
     assert found[0]["context"] == 66 and found[0]["hours"] == 0.17
 
 
+# ---- searches
+
+
+def searches(tmp_path, *lines):
+    path = made.write(tmp_path / "assets" / "lab" / "search.jsonl", list(lines))
+    return lab.read_searches(path)
+
+
+WINNER = "start-2-interval-1-count-3"
+
+
+def test_a_search_is_read_back_with_who_went_on(tmp_path):
+    assert lab.read_searches(tmp_path / "none.jsonl") == []
+    (found,) = searches(tmp_path, made.search())
+    assert [(rung.step, rung.count, rung.kept) for rung in found.rungs] == [(500, 4, 2), (1000, 2, 1), (2000, 1, 1)]
+    assert found.rungs[0].rows[1:3] == [
+        ["stack-2d", 1, 1, 4, "70.0", "40.0", "kept"],
+        ["layers-1", 1, 1, 1, "60.0", "30.0", ""],
+    ]
+    assert found.command == "python -m app lab search --seeds 0 --budget 5000 --steps 2000"
+    for broken in ({"rungs": [{"step": 1}]}, {"winner": None, "budget": "much"}, {"config": []}):
+        with pytest.raises(UserError, match="search.jsonl, line 2, is no search"):
+            searches(tmp_path, made.search(), made.search(**broken))
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [
+        (0.80, f"{WINNER} beats the rule of thumb stack-2d: "),
+        (0.40, f"{WINNER} does not beat the rule of thumb stack-2d: "),
+        (0.61, "Undecided: "),
+    ],
+)
+def test_the_winner_meets_the_rule_on_test_scenes(tmp_path, share, said):
+    """Its run from the search's own seed was picked, so that the others speak for it."""
+    (found,) = searches(tmp_path, made.search())
+    rule = [line("stack-2d", seed=seed) for seed in (0, 1, 2)]
+    wins = [line(WINNER, 0.99 if seed == 0 else share, group="where", seed=seed) for seed in (0, 1, 2)]
+    told = lab.outcome(found, runs(tmp_path, *rule, *wins))
+    assert told.startswith(said) and told.endswith("(seeds 1 and 2 against 0, 1 and 2).")
+    gap = lab.difference_interval([share + 0.01, share - 0.01], [0.6, 0.61, 0.59], 600)
+    assert f"{100 * gap.value:+.1f} points of fine questions, {100 * gap.low:+.1f} to {100 * gap.high:+.1f}" in told
+    alone = lab.outcome(found, runs(tmp_path, rule[0], wins[0]))
+    assert "(seeds 0 against 0). Its only run is the one that the search picked" in alone
+
+
+def test_what_cannot_be_compared_is_said(tmp_path):
+    (found,) = searches(tmp_path, made.search())
+    assert lab.outcome(found, []) == f"Not compared yet: {WINNER} and stack-2d have no run on test scenes."
+    told = lab.outcome(found, runs(tmp_path, line("stack-2d"), line(WINNER, 0.5, group="where", steps=9)))
+    assert told == f"Not compared yet: {WINNER} has no run on test scenes."
+    (same,) = searches(tmp_path, made.search("stack-2d"))
+    assert lab.outcome(same, []).startswith("The search ended at the paper's rule of thumb, stack-2d")
+
+
 # ---- the paper's numbers
 
 
