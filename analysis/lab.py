@@ -72,7 +72,8 @@ COSTS = {
     "parameters": Cost("parameters", "size of the model"),
 }
 
-RECALL_AXIS = f"part of the text, of {PARTS} (the last {PARTS * SHORT // LONG} are the short context)"
+RECALL_AXIS = f"part of the text, 1 to {PARTS}"
+SHORT_PARTS = f"The last {PARTS * SHORT // LONG} parts are the short context."
 
 
 # ---- the paper's numbers (arXiv 2406.04334; Phi-3 of 32 layers, CLIP-L of 24; no seeds, no error bars)

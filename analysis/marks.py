@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from analysis.grids import GridMap
-from analysis.lab import GROUPS, RANKINGS, Row, Summary, budgets
+from analysis.lab import GROUPS, RANKINGS, SHORT_PARTS, Row, Summary, budgets
 
 WIDE_BARS = 6  # bars in one chart that have room for two words between them
 MAX_TICKS = 11  # layer labels on one axis, readable at 400 px
@@ -136,7 +136,8 @@ def recall_note(found: Summary) -> str:
     """How many rows of context each variant of the group "text" takes, and how many seeds there are."""
     rows = {row.variant: row.spent("context") for row in found.texts}
     taken = ", ".join(f"{of_text(name)} {count:.0f}" for name, count in rows.items() if count is not None)
-    return f"{found.setting}, {_seeds(found.texts)}; bars: 95 %." + (f" Rows of context: {taken}." if taken else "")
+    note = f"{found.setting}, {_seeds(found.texts)}; bars: 95 %. {SHORT_PARTS}"
+    return note + (f" Rows of context: {taken}." if taken else "")
 
 
 def of_text(variant: str) -> str:

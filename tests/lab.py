@@ -73,7 +73,7 @@ def write(path: Path, lines: list[dict] | None = None, seeds: int = 3) -> Path:
 
 
 def search(winner: str = "start-2-interval-1-count-3", **more) -> dict:
-    """A search of six steps' budget at the setting of `line`; `more` replaces fields."""
+    """A search at the setting of `line`; `more` replaces fields."""
     names = {
         "start-2-interval-1-count-3": (2, 1, 3),
         "stack-2d": (1, 1, 4),

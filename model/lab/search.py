@@ -125,7 +125,11 @@ def climb(job: Job, workdir: Path, device: str | None, until: int, progress=None
         return json.loads(said.read_text())
     if (folder / "last.pt").exists() and torch.load(folder / "last.pt", weights_only=True)["step"] > until:
         lab.forget(job, home(workdir))  # it went on without having been ranked here
-    twin, questions, _, watched, _ = lab.train(job, workdir, device, progress, home(workdir), until)
+
+    def within(share: float, words: str) -> None:
+        progress(share * job.steps / until, words)
+
+    twin, questions, _, watched, _ = lab.train(job, workdir, device, progress and within, home(workdir), until)
     scores = lab.marks(twins.answered(twin, questions, *watched, most=lab.MOST))["fine"]
     new = said.with_suffix(".new")
     new.write_text(json.dumps(scores))
