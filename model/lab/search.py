@@ -118,7 +118,8 @@ def home(workdir: Path) -> Path:
 
 
 def climb(job: Job, workdir: Path, device: str | None, until: int, progress=None) -> dict:
-    """Train one candidate up to a step, or take up where it was; what it scores on the validation scenes then."""
+    """Train one candidate up to a step, from where it was; what it scores on the validation scenes then. Steps that
+    were lost in a kill are trained again, and not counted."""
     folder = job.folder(home(workdir))
     said = folder / f"rung-{until}.json"
     if said.exists():
