@@ -22,7 +22,7 @@ from transformers import LlavaConfig
 
 from model.errors import UserError
 from model.lab import cost, results, scenes
-from model.lab.twin import LabTwin
+from model.lab.twin import RANK, LabTwin
 from model.lab.variants import Variant, first_layer, variant_of
 from model.training import dataset, twins
 from model.training.scenes import Question
@@ -85,7 +85,7 @@ class Job:
         decoder = {"llm_width": size.pop("width"), "llm_layers": size.pop("layers")}
         view = {"side": scenes.SIDE, "glyphs": {str(key): share for key, share in scenes.GLYPHS.items()}}
         seeds = {"scenes_seeds": [scenes.TRAINING_SEED, scenes.VALIDATION_SEED, scenes.TEST_SEED]}
-        tower = {"tower": scenes.tower_mark()}
+        tower = {"tower": scenes.tower_mark()} | ({"tower_rank": RANK} if self.variant.tuned else {})
         start = {"start": first_layer(self.variant, self.size.layers)}
         return {"size": self.size.name, **decoder, **size, **view, **seeds, **tower, **self.variant.config(), **start}
 
@@ -132,7 +132,7 @@ def run(job: Job, workdir: Path, device: str | None = None, progress=None) -> di
     twin = LabTwin(job.variant, vision, len(tokenizer), sample, size.width, layers, tower)
     options = {"batch": size.batch, "seed": job.seed, "rate": size.rate, "device": device, "progress": progress}
     if job.variant.tuned:
-        options["gentle"] = twin.model.model.vision_tower.parameters()
+        options["gentle"] = twin.changes
     twins.fit(job.name, twin, questions, training, watched, folder, (job.steps,), **options, log=lambda line: None)
     minutes = json.loads((folder / "curve.jsonl").read_text().splitlines()[-1])["minutes"]
     accelerator = accelerator_for(device)
