@@ -131,8 +131,6 @@ def run(job: Job, workdir: Path, device: str | None = None, progress=None) -> di
     sample = training[0][1][: SAMPLE_PIXELS if pixels else SAMPLE]
     twin = LabTwin(job.variant, vision, len(tokenizer), sample, size.width, layers, tower)
     options = {"batch": size.batch, "seed": job.seed, "rate": size.rate, "device": device, "progress": progress}
-    if job.variant.tuned:
-        options["gentle"] = twin.changes
     twins.fit(job.name, twin, questions, training, watched, folder, (job.steps,), **options, log=lambda line: None)
     minutes = json.loads((folder / "curve.jsonl").read_text().splitlines()[-1])["minutes"]
     accelerator = accelerator_for(device)

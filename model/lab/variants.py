@@ -108,8 +108,8 @@ _ALL = (
             merge="none", base_at=2),
     Variant("global-deeper-6", "where", "the global view alone, added before layer 6; zeros at the input",
             merge="none", base_at=6),
-    Variant("none-tuned", "tower", "the global view alone, the tower trained too: changes of rank 8 to its matrices, "
-            "at a tenth of the rate", merge="none", tuned=True),
+    Variant("none-tuned", "tower", "the global view alone, the tower trained too, by changes of rank 8 to its "
+            "matrices", merge="none", tuned=True),
     Variant("deepstack-v-0", "tower", "the tower trained as in none-tuned; stacks of the high-resolution view's patch "
             "embeddings enter it before its layers 0 to 3", merge="none", tuned=True, tower_start=0),
     Variant("deepstack-v-1", "tower", "the tower trained as in none-tuned; stacks of what its first layer makes of "

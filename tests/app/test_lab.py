@@ -81,7 +81,10 @@ def test_the_table_stands_beside_the_papers_and_can_be_taken_away(said, tmp_path
     file = made_up.write(tmp_path / "results.jsonl")
     code, out, _ = said("table", "--results", str(file), "--out", str(tmp_path / "taken"))
     assert code == 0 and out.startswith("2,000 steps on cpu: fine detail, exact match")
-    lines = {line.split()[0]: line.split() for line in out.splitlines() if line}
+    rows, told = out.split("What the paper claims:")
+    assert "contradicted: A sample should cover the whole image" in told
+    assert "    stack-2d above stack-grid: fails, -10.0 points" in told
+    lines = {line.split()[0]: line.split() for line in rows.splitlines() if line}
     assert lines["dummy"][:4] == ["dummy", "3", "11.0", "±"] and "agrees" in lines["dummy"] and "49.1" in lines["dummy"]
     names = {path.name for path in (tmp_path / "taken").rglob("*.*")}
     assert {"lab-variants.csv", "lab-acuity.csv", "lab-axes.svg", "lab-cost.png"} <= names and len(names) == 12
