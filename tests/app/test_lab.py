@@ -61,20 +61,25 @@ def test_mistakes_are_one_line(said, tmp_path, argv, words):
     assert code == 2 and out == "" and err.count("\n") == 1 and words in err
 
 
-def test_a_run_goes_through_ray_and_is_written_once(said, tmp_path, monkeypatch):
+def test_runs_go_through_ray_and_are_written_once(said, tmp_path, monkeypatch):
+    """One that reads features from the cache and one that runs the tower on pixels, side by side."""
     monkeypatch.setitem(lab.SIZES, "tiny", TINY)
     file = tmp_path / "results.jsonl"
-    argv = ["run", "none", "--size", "tiny", "--device", "cpu", "--results", str(file)]
+    argv = ["run", "none", "deepstack-v-3", "--size", "tiny", "--device", "cpu", "--results", str(file)]
     argv += ["--workdir", str(tmp_path / "work"), "--json"]
     code, out, err = said(*argv)
     assert code == 0, err
-    assert json.loads(out)["new"] == 1
-    (line,) = file.read_text().splitlines()
-    assert json.loads(line)["variant"] == "none" and [json.loads(line)] == json.loads(out)["runs"]
+    assert json.loads(out)["new"] == 2
+    lines = file.read_text().splitlines()
+    written = {json.loads(line)["variant"]: json.loads(line) for line in lines}
+    assert len(lines) == 2 and set(written) == {"none", "deepstack-v-3"}
+    assert sorted(json.loads(out)["runs"], key=str) == sorted(written.values(), key=str)
+    kinds = {path.name.split(".")[1] for path in (tmp_path / "work").rglob("train-*.pt")}
+    assert kinds == {"features", "views"}
     code, out, err = said(*argv)
-    assert code == 0 and json.loads(out)["new"] == 0 and [json.loads(line)] == json.loads(out)["runs"]
-    assert f"none 0 is in {file} already" in err
-    assert file.read_text().splitlines() == [line]
+    assert code == 0 and json.loads(out)["new"] == 0
+    assert f"none 0 is in {file} already" in err and f"deepstack-v-3 0 is in {file} already" in err
+    assert file.read_text().splitlines() == lines
 
 
 def test_the_table_stands_beside_the_papers_and_can_be_taken_away(said, tmp_path):
