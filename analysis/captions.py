@@ -60,6 +60,10 @@ CAPTIONS = {
         "Shows how often text is read exactly at each glyph height, with 95 % intervals; "
         "it holds for these questions and fonts, not for photographs."
     ),
+    "lab_claims": (
+        "Supported where every line holds over its whole 95 % interval, contradicted where one is the other way round; "
+        "“not clearly” allows a fifth of what stacks gain. One seed tells nothing of how far another would be."
+    ),
     "lab_variants": (
         "Shows small models that read rendered text beside the paper's benchmarks; signs can be compared, sizes not."
     ),

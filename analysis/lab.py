@@ -65,9 +65,9 @@ COSTS = {
     "context": Cost("rows", "context of a question with its image"),
     "tower_flops": Cost("FLOPs", "work of the vision tower for an image"),
     "prefill_flops": Cost("FLOPs", "work of a prefill"),
-    "prefill_seconds": Cost("s", "time of a prefill"),
+    "prefill_seconds": Cost("s", "time of a prefill (on a CPU the processor’s)"),
     "prefill_bytes": Cost("bytes", "memory of a prefill"),
-    "step_seconds": Cost("s", "time of a training step"),
+    "step_seconds": Cost("s", "time of a training step (on a CPU the processor’s)"),
     "step_bytes": Cost("bytes", "memory of a training step"),
     "parameters": Cost("parameters", "size of the model"),
 }

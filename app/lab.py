@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from analysis import claims
 from analysis import lab as reading
 from app.lab_files import FIRST, files
 from app.output import Outcome, ProgressLine, log, table, write_files
@@ -145,6 +146,7 @@ def _table(options: argparse.Namespace) -> Outcome:
         rows = [_compared(found, row) for row in found.rows]
         headers = ["variant", "seeds", "ours, %", "95 %", f"against {reading.REFERENCE}", f"paper {found.bench}"]
         parts.append(f"{setting}: {found.words}\n{table([*headers, 'sign', 'context'], rows)}")
+        parts.append("\n".join(["What the paper claims:", *map(_told, claims.findings(found))]))
         written |= {f"{_slug(str(setting))}/{name}": data for name, data in files(each, found).items()}
     for each in reading.read_searches(file.with_name(results.SEARCHES.name)):
         parts.append(f"search, {each.setting}, seed {each.seed}: {reading.outcome(each, runs)}")
@@ -202,6 +204,11 @@ def card(job: lab.Job, record: dict) -> str:
         "All that defines the run is in recipe.json, its line of the results. The weights are projector and decoder; "
         "the frozen vision tower is that of `embedded/hires`, and is read from there.\n"
     )
+
+
+def _told(finding: claims.Finding) -> str:
+    lines = [f"{finding.kind}: {finding.claim.words} ({finding.claim.source})"]
+    return "\n".join([*lines, *(f"    {outcome.words}" for outcome in finding.outcomes)])
 
 
 def _slug(words: str) -> str:

@@ -13,7 +13,7 @@ import gradio as gr
 from gradio import processing_utils
 from gradio.utils import get_upload_folder
 
-from analysis import budget, figures, lab
+from analysis import budget, claims, figures, lab
 from analysis.lab import Interval, Row, Run, Search, Setting, Summary
 from app import asking, dealing, markup
 from app.desk import Desk
@@ -191,7 +191,23 @@ def head(found: Summary) -> str:
             f"<details><summary>{len(missing)} rows of the paper have no run of ours at this setting</summary>"
             f"{code(lab.run_command(missing, seeds, found.setting))}</details>"
         )
-    return INTRO + "".join(lines)
+    return INTRO + "".join(lines) + claims_panel(found)
+
+
+def claims_panel(found: Summary) -> str:
+    """What the paper claims, claim by claim, and what these runs say of it."""
+    lines = []
+    for finding in claims.findings(found):
+        claim, kind = finding.claim, finding.kind
+        shown = "".join(f"<li>{markup.escape(outcome.words)}</li>" for outcome in finding.outcomes)
+        lines.append(
+            f'<li><span class="dl-verdict dl-{kind}">{claims.MARKS[kind]} {kind}</span>'
+            f"<div><b>{markup.escape(claim.words)}</b> <small>{claim.source}</small><ul>{shown}</ul></div></li>"
+        )
+    return (
+        f'<div class="dl-panel"><h3>What the paper claims <small>{markup.escape(found.words)}</small></h3>'
+        f'<ul class="dl-lab-claims">{"".join(lines)}</ul>{markup.say("lab_claims")}</div>'
+    )
 
 
 def results_table(desk: Desk, runs: Sequence[Run], found: Summary) -> str:

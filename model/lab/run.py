@@ -23,7 +23,7 @@ from transformers import LlavaConfig
 from model.errors import UserError
 from model.lab import cost, results, scenes, texts
 from model.lab.text_twin import SPREAD, TextTwin
-from model.lab.twin import LabTwin
+from model.lab.twin import RANK, LabTwin
 from model.lab.variants import LONG, Variant, first_layer, variant_of
 from model.training import dataset, twins
 from model.training.scenes import Question
@@ -91,7 +91,7 @@ class Job:
             return {"size": self.size.name, **decoder, **size, **text, **self.variant.config(), **start}
         view = {"side": scenes.SIDE, "glyphs": {str(key): share for key, share in scenes.GLYPHS.items()}}
         seeds = {"scenes_seeds": [scenes.TRAINING_SEED, scenes.VALIDATION_SEED, scenes.TEST_SEED]}
-        tower = {"tower": scenes.tower_mark()}
+        tower = {"tower": scenes.tower_mark()} | ({"tower_rank": RANK} if self.variant.tuned else {})
         return {"size": self.size.name, **decoder, **size, **view, **seeds, **tower, **self.variant.config(), **start}
 
     def key(self) -> str:
@@ -149,8 +149,6 @@ def train(
     twin, questions, training, watched, _ = made
     options = {"batch": size.batch, "seed": job.seed, "rate": size.rate, "device": device, "progress": progress}
     options |= {"until": until, "log": lambda line: None}
-    if job.variant.tuned:
-        options["gentle"] = twin.model.model.vision_tower.parameters()
     twins.fit(job.name, twin, questions, training, watched, folder, (job.steps,), **options)
     twin.to(accelerator_for(device).device).eval()
     return made

@@ -51,7 +51,7 @@ class Variant:
     keep_all: float = 1.0  # share of the image rows that get every stack: those with most in the high-resolution view
     keep_some: float = 1.0  # share that gets at least the first half of the stacks
     keep_by: str = "norm"  # how rows are ranked: norm, random, question
-    tuned: bool = False  # the tower is trained, too
+    tuned: bool = False  # the tower is trained, too, by low-rank changes
     tower_start: int | None = None  # DeepStack-V: the tower layer before which the first stack enters the global view
     tapped: str = "earlier"  # what taps read: the blocks of TAPPED, or "last": each the last one's
 
@@ -120,20 +120,20 @@ _ALL = (
             merge="none", base_at=2),
     Variant("global-deeper-6", "where", "the global view alone, added before layer 6; zeros at the input",
             merge="none", base_at=6),
-    Variant("none-tuned", "tower", "the global view alone, the tower trained too, at a tenth of the rate", merge="none",
-            tuned=True),
-    Variant("deepstack-v-0", "tower", "the tower trained too; stacks of the high-resolution view's patch embeddings "
-            "enter it before its layers 0 to 3", merge="none", tuned=True, tower_start=0),
-    Variant("deepstack-v-1", "tower", "the tower trained too; stacks of what its first layer makes of the "
-            "high-resolution view enter it before its layers 1 to 4", merge="none", tuned=True, tower_start=1),
-    Variant("deepstack-v-2", "tower", "the tower trained too; stacks of what its first two layers make of the "
-            "high-resolution view enter it before its layers 2 to 4; one finds no layer", merge="none", tuned=True,
+    Variant("none-tuned", "tower", "the global view alone, the tower trained too, by changes of rank 8 to its "
+            "matrices", merge="none", tuned=True),
+    Variant("deepstack-v-0", "tower", "the tower trained as in none-tuned; stacks of the high-resolution view's patch "
+            "embeddings enter it before its layers 0 to 3", merge="none", tuned=True, tower_start=0),
+    Variant("deepstack-v-1", "tower", "the tower trained as in none-tuned; stacks of what its first layer makes of "
+            "the high-resolution view enter it before its layers 1 to 4", merge="none", tuned=True, tower_start=1),
+    Variant("deepstack-v-2", "tower", "the tower trained as in none-tuned; stacks of what its first two layers make of "
+            "the high-resolution view enter it before its layers 2 to 4; one finds no layer", merge="none", tuned=True,
             tower_start=2),
-    Variant("deepstack-v-3", "tower", "the tower trained too; stacks of what its first three layers make of the "
-            "high-resolution view enter it before its layers 3 and 4; two find no layer", merge="none", tuned=True,
-            tower_start=3),
-    Variant("deepstack-v-4", "tower", "the tower trained too; a stack of what its first four layers make of the "
-            "high-resolution view enters it before its last; three find no layer", merge="none", tuned=True,
+    Variant("deepstack-v-3", "tower", "the tower trained as in none-tuned; stacks of what its first three layers make "
+            "of the high-resolution view enter it before its layers 3 and 4; two find no layer", merge="none",
+            tuned=True, tower_start=3),
+    Variant("deepstack-v-4", "tower", "the tower trained as in none-tuned; a stack of what its first four layers make "
+            "of the high-resolution view enters it before its last; three find no layer", merge="none", tuned=True,
             tower_start=4),
     Variant("taps-0", "tower", "the high-resolution view alone, each 2 x 2 tokens merged into one, once, at the input",
             merge="taps", count=0),

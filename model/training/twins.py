@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,6 @@ OUT_OF_SCOPE_SHARE = 0.03
 SECOND_TURN_SHARE = 0.08
 SAVE_EVERY = 200  # steps
 RATE = 3e-3  # of AdamW, for what is trained from nothing and is no matrix of the decoder
-GENTLE = 0.1  # of that rate: for what was trained before (the DeepStack paper tunes its tower at a tenth, too)
 WORDS = (  # words that single out a place: their embeddings are drawn towards the image rows they point at
     *(*COLOURS, *SHAPES, *scenes.ORDINALS, "last", "top", "bottom", "left", "right", "middle"),
     *(word.lower() for word in (*strings.FIELDS, *strings.ITEMS)),
@@ -381,12 +380,11 @@ def fit(
     device: str | None = None,
     progress=None,
     log=print,
-    gentle: Iterable[nn.Parameter] = (),
     until: int | None = None,
 ) -> nn.Module:
     """Train what needs a gradient in `twin`, called as a Twin is, in cycles of the rate that end after the steps
-    `ends`; resumable from out/last.pt. gentle: weights that were trained before, for which GENTLE holds. until: the
-    step after which it pauses, with a checkpoint; a later call goes on as if it had not.
+    `ends`; resumable from out/last.pt. until: the step after which it pauses, with a checkpoint; a later call goes on
+    as if it had not.
 
     The first steps ask nothing: with many scenes at once and no question tokens, image rows learn what they hold in a
     seventh of the steps that answers need for it. The decoder's layers run in bfloat16 where the machine is fast in it,
@@ -398,13 +396,11 @@ def fit(
     accelerator = accelerator_for(device)
     dtype = compute_dtype(accelerator)
     twin.to(accelerator.device)
-    gentle = list(gentle)
-    chosen = {id(p) for p in (*matrices, *gentle)}
+    chosen = {id(p) for p in matrices}
     others = [p for p in twin.parameters() if p.requires_grad and id(p) not in chosen]
-    groups = [{"params": others}, {"params": gentle, "lr": GENTLE * RATE}]
     optimizers = [
         Muon(matrices, lr=rate, dtype=dtype),
-        torch.optim.AdamW([group for group in groups if group["params"]], lr=RATE, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.AdamW(others, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     counts = np.cumsum([0] + [len(b.items) for b, _ in data])
@@ -448,7 +444,7 @@ def fit(
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         accelerator.backward(loss)
-        nn.utils.clip_grad_norm_([*others, *gentle], 1.0)
+        nn.utils.clip_grad_norm_(others, 1.0)
         for optimizer in optimizers:
             optimizer.step()
         if progress:

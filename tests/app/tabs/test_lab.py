@@ -59,6 +59,9 @@ def test_all_views_of_a_full_file(desk, results):
         and all(p.data for p in plots)
     )
     assert "<b>5</b> agree with the paper in sign, <b>1</b> disagree, <b>2</b> cannot decide" in head
+    told = html.unescape(head)
+    assert "✗ contradicted</span>" in told and "stack-2d above none: holds, +50.0 points" in told
+    assert "stack-2d above layers-1: not run" in told
     assert curves.value == ["stack-2d", "none", "dummy", "string", "concat"]
     for variant in made.MADE_UP:
         seeds = "0" if variant == "gate" else "0,1,2"
