@@ -61,8 +61,8 @@ CAPTIONS = {
         "it holds for these questions and fonts, not for photographs."
     ),
     "lab_claims": (
-        "Supported where every line holds over its whole 95 % interval, contradicted where one is the other way round; "
-        "“not clearly” allows a fifth of what stacks gain. One seed tells nothing of how far another would be."
+        "A claim stands or falls with its 95 % intervals; “not clearly” allows a fifth of what stacks gain, and one "
+        "seed tells nothing of how far another would be."
     ),
     "lab_variants": (
         "Shows small models that read rendered text beside the paper's benchmarks; signs can be compared, sizes not."
