@@ -60,6 +60,10 @@ CAPTIONS = {
         "Shows how often text is read exactly at each glyph height, with 95 % intervals; "
         "it holds for these questions and fonts, not for photographs."
     ),
+    "lab_claims": (
+        "A claim stands or falls with its 95 % intervals; “not clearly” allows a fifth of what stacks gain, and one "
+        "seed tells nothing of how far another would be."
+    ),
     "lab_variants": (
         "Shows small models that read rendered text beside the paper's benchmarks; signs can be compared, sizes not."
     ),
@@ -73,6 +77,14 @@ CAPTIONS = {
     "lab_budget": (
         "Rows that keep no stack still stand in the context, so the budget spares pixels and not tokens; what a "
         "ranking is worth shows beside chance."
+    ),
+    "lab_recall": (
+        "Shows from which part of a text a variant recalls facts that nobody could guess; that is room for facts, not "
+        "understanding, and 256 tokens are no long context."
+    ),
+    "lab_search": (
+        "Shows what one search found from one seed in one small decoder; what it would choose for another depth or "
+        "other pictures is open."
     ),
     "kept": (
         "The norm is that of this model's own stacks, the question's attention that of its first layer; "

@@ -31,6 +31,7 @@ from analysis.lab import (
     PAPER_BASELINE,
     PAPER_DEEPSTACK,
     RANKINGS,
+    RECALL_AXIS,
     Interval,
     Row,
     Summary,
@@ -517,7 +518,7 @@ def lab_variants(found: Summary, dark: bool | None = None) -> go.Figure:
     """One row per variant: ours with 95 % intervals on the left, the paper's on its own scale on the right; lines mark
     the reference. ✓ the same sign, ✗ the other one, ? undecided."""
     look = theme(dark)
-    rows = list(found.rows)
+    rows = list(found.pictures)
     fig = make_subplots(rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.06)
     for source, places in marks.by_group(rows):
         hue = colour(source, dark)
@@ -656,6 +657,34 @@ def lab_budget(found: Summary, dark: bool | None = None) -> go.Figure:
     return fig
 
 
+def lab_recall(found: Summary, dark: bool | None = None) -> go.Figure:
+    """Facts recalled by where in the text they stand, with 95 % intervals, one line per variant of the group "text"."""
+    fig, ends = go.Figure(), []
+    for at, row in enumerate(found.texts):
+        means = row.recall
+        if not means:
+            continue
+        hue = STACK_COLOURS[at % len(STACK_COLOURS)]
+        fig.add_scatter(
+            x=[*means],
+            y=[100 * mean.value for mean in means.values()],
+            mode="lines+markers",
+            line={"color": hue, "width": 2},
+            marker={"size": 8, "symbol": at},
+            error_y=_arms([*means.values()], hue),
+            hovertext=[f"{_told(found, row)}<br>part {part}: {100 * mean.value:.1f} %" for part, mean in means.items()],
+            hoverinfo="text",
+        )
+        ends.append((marks.short(marks.of_text(row.variant), 16), 100 * [*means.values()][-1].value, hue))
+    longest = max((len(name) for name, *_ in ends), default=0)
+    note = marks.recall_note(found)
+    _frame(fig, "Facts recalled exactly, %, by place in the text", dark, 300, note, right=24 + 7 * longest)
+    fig.update_xaxes(title_text=RECALL_AXIS, dtick=1)
+    fig.update_yaxes(title_text="recalled, %", range=[0, 104])
+    _end_labels(fig, ends, 0, 104, False, dark)
+    return fig
+
+
 def _arms(means: Sequence[Interval], hue: str) -> dict:
     """Error bars of shares, in points."""
     return {
@@ -671,7 +700,7 @@ def _arms(means: Sequence[Interval], hue: str) -> dict:
 
 def lab_cost(found: Summary, cost: str = "context", dark: bool | None = None) -> go.Figure:
     """Accuracy with 95 % intervals against one measured cost, coloured by group."""
-    rows = [row for row in found.rows if row.spent(cost) is not None]
+    rows = [row for row in found.pictures if row.spent(cost) is not None]
     spent = [row.spent(cost) for row in rows]
     log = marks.needs_log(spent)
     low, high = marks.around(spent) if not log else marks.span(spent, True)

@@ -25,7 +25,17 @@ from analysis.attribution import Attribution, CausalCheck
 from analysis.evaluate import Acuity
 from analysis.figures import shares
 from analysis.grids import GridMap
-from analysis.lab import COSTS, FIGURE_3, PAPER, PAPER_BASELINE, PAPER_DEEPSTACK, Interval, Summary, budgets
+from analysis.lab import (
+    COSTS,
+    FIGURE_3,
+    PAPER,
+    PAPER_BASELINE,
+    PAPER_DEEPSTACK,
+    RECALL_AXIS,
+    Interval,
+    Summary,
+    budgets,
+)
 from analysis.norms import Effect, LayerNorms
 from analysis.palette import (
     DIVERGING,
@@ -436,7 +446,7 @@ def sweep_curve(swept: Sweep, dark: bool = False) -> Figure:
 def lab_variants(found: Summary, dark: bool = False) -> Figure:
     """One row per variant: ours with 95 % intervals on the left, the paper's on its own scale on the right; lines mark
     the reference. ✓ the same sign, ✗ the other one, ? undecided."""
-    rows = list(found.rows)
+    rows = list(found.pictures)
     title = f"{found.words.capitalize()}, %, beside the paper's {found.bench}"
     fig, (left, right), look = _figure(
         title, dark, columns=2, height=0.2 * len(rows) + 0.4, note=marks.lab_note(found), ratios=(0.6, 0.4)
@@ -514,7 +524,7 @@ def lab_budget(found: Summary, dark: bool = False) -> Figure:
 
 def lab_cost(found: Summary, cost: str = "context", dark: bool = False) -> Figure:
     """Accuracy with 95 % intervals against one measured cost, coloured by group."""
-    rows = [row for row in found.rows if row.spent(cost) is not None]
+    rows = [row for row in found.pictures if row.spent(cost) is not None]
     spent = [row.spent(cost) for row in rows]
     log = marks.needs_log(spent)
     low, high = marks.span(spent, True) if log else marks.around(spent)
@@ -543,6 +553,26 @@ def lab_cost(found: Summary, cost: str = "context", dark: bool = False) -> Figur
         ax.set_xticks([], minor=True)
     ax.set_xlim(low, high)
     ax.set_xlabel(f"{COSTS[cost].words}, {COSTS[cost].unit}{', log scale' if log else ''}")
+    return fig
+
+
+def lab_recall(found: Summary, dark: bool = False) -> Figure:
+    """Facts recalled by where in the text they stand, with 95 % intervals, one line per variant of the group "text"."""
+    fig, ax, _ = _figure("Facts recalled exactly, %, by place in the text", dark, note=marks.recall_note(found))
+    ends = []
+    for at, row in enumerate(found.texts):
+        means = row.recall
+        if not means:
+            continue
+        hue, shares_ = colour(str(at), dark), [100 * mean.value for mean in means.values()]
+        ax.errorbar(
+            [*means], shares_, yerr=_arms([*means.values()]), color=hue, marker="osD^vP*X"[at % 8], lw=1.8, capsize=3
+        )
+        ends.append((marks.of_text(row.variant), shares_[-1], hue))
+    _value_axis(ax, "recalled, %", 0, 104, False)
+    ax.locator_params(axis="x", integer=True)
+    ax.set_xlabel(RECALL_AXIS)
+    _end_labels(ax, ends, dark)
     return fig
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,11 +26,14 @@ from analysis.evaluate import Acuity, acuity, wilson
 from analysis.tables import Table
 from model.errors import UserError
 from model.lab import results
-from model.lab.results import RESULTS
-from model.lab.variants import GROUPS, VARIANTS
+from model.lab.results import RESULTS, SEARCHES
+from model.lab.variants import GROUPS, LONG, PARTS, SHORT, variant_of
 
 REFERENCE = "stack-2d"
+TEXT = "text"  # the group that reads long texts and no pictures: its numbers are those of another task ...
+TEXT_REFERENCE = "text-truncated"  # ... and are compared with this one
 REQUIRED = ("variant", "group", "seed", "steps", "device", "accuracy")
+PARTED = ("by_glyph_px", "by_position")  # what of a run's accuracy is told by height or place, not by kind
 TIMID = 1.0  # points; the paper has no error bars, and differences of single runs below this are no effects
 LEVEL = 0.95  # of every interval
 
@@ -62,12 +65,15 @@ COSTS = {
     "context": Cost("rows", "context of a question with its image"),
     "tower_flops": Cost("FLOPs", "work of the vision tower for an image"),
     "prefill_flops": Cost("FLOPs", "work of a prefill"),
-    "prefill_seconds": Cost("s", "time of a prefill"),
+    "prefill_seconds": Cost("s", "time of a prefill (on a CPU the processor’s)"),
     "prefill_bytes": Cost("bytes", "memory of a prefill"),
-    "step_seconds": Cost("s", "time of a training step"),
+    "step_seconds": Cost("s", "time of a training step (on a CPU the processor’s)"),
     "step_bytes": Cost("bytes", "memory of a training step"),
     "parameters": Cost("parameters", "size of the model"),
 }
+
+RECALL_AXIS = f"part of the text, 1 to {PARTS}"
+SHORT_PARTS = f"The last {PARTS * SHORT // LONG} parts are the short context."
 
 
 # ---- the paper's numbers (arXiv 2406.04334; Phi-3 of 32 layers, CLIP-L of 24; no seeds, no error bars)
@@ -217,7 +223,10 @@ CANNOT_SAY = {
         "The paper proposes these and measures none, so there is nothing to agree with, and a gate may need "
         "longer than our runs."
     ),
-    "text": "Our long texts are hundreds of tokens; nothing here speaks for models trained on long contexts.",
+    "text": (
+        f"Another task, so compared with {TEXT_REFERENCE}: 256 tokens of facts drawn by chance, one of which is asked "
+        "for. Nothing here speaks for prose, or for models trained on long contexts."
+    ),
     "budget": (
         "Our questions are answered from one place of the image; how much a question about a photograph needs is "
         "another matter."
@@ -227,7 +236,10 @@ CANNOT_SAY = {
 
 def what(variant: str) -> str:
     """A variant in words; "" for one that is not known here."""
-    return VARIANTS[variant].words if variant in VARIANTS else ""
+    try:
+        return variant_of(variant).words
+    except UserError:
+        return ""
 
 
 # ---- runs
@@ -242,7 +254,8 @@ class Run:
     seed: int
     steps: int
     device: str
-    accuracy: Mapping[str, Mapping[str, Any]]  # kind -> {n, exact_match, …}; "by_glyph_px" -> height -> the same
+    # kind -> {n, exact_match, …}; "by_glyph_px" -> height -> the same; "by_position" -> part of a text -> the same
+    accuracy: Mapping[str, Mapping[str, Any]]
     cost: Mapping[str, float] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     hours: float | None = None
@@ -300,13 +313,14 @@ def _run(raw: Mapping[str, Any]) -> Run:
         if not isinstance(raw[key], kind) or isinstance(raw[key], bool):
             raise ValueError(f"its {key} is {raw[key]!r}")
     accuracy = raw["accuracy"]
-    for kind, scores in {**accuracy, **accuracy.get("by_glyph_px", {})}.items():
-        if kind != "by_glyph_px":
+    parts = [pair for name in PARTED for pair in accuracy.get(name, {}).items()]
+    for kind, scores in [*accuracy.items(), *parts]:
+        if kind not in PARTED:
             _check_scores(kind, scores)
     if "fine" not in accuracy and "coarse" not in accuracy:
         raise ValueError("its accuracy has neither fine nor coarse")
-    for height in accuracy.get("by_glyph_px", {}):
-        float(height)
+    for place, _ in parts:
+        float(place)
     for name, value in raw.get("cost", {}).items():
         if value is not None and not _number(value):
             raise ValueError(f"its cost {name} is {value!r}")
@@ -447,6 +461,16 @@ class Row:
         return acuity({height: {"n": n, "exact_match": hits / n} for height, (hits, n) in together.items()})
 
     @property
+    def recall(self) -> dict[int, Interval]:
+        """Exact match by the part of the text that was asked for, from 1, the mean of all seeds."""
+        found = [run.accuracy.get("by_position", {}) for run in self.runs]
+        told = {}
+        for part in sorted(set.intersection(*map(set, found)), key=int):
+            shares, counts = zip(*((each[part]["exact_match"], each[part]["n"]) for each in found), strict=True)
+            told[int(part)] = mean_interval(shares, min(counts))
+        return told
+
+    @property
     def command(self) -> str:
         return commands([self])[0]
 
@@ -491,17 +515,32 @@ class Summary:
         return self.row(REFERENCE)
 
     @property
+    def pictures(self) -> tuple[Row, ...]:
+        """The variants that are asked about pictures: those that can be drawn on one axis."""
+        return tuple(row for row in self.rows if row.group != TEXT)
+
+    @property
+    def texts(self) -> tuple[Row, ...]:
+        """The variants that read long texts."""
+        return tuple(row for row in self.rows if row.group == TEXT)
+
+    @property
     def words(self) -> str:
         return METRICS[self.metric].words
 
+    def against(self, row: Row) -> str:
+        """The variant that this one is compared with."""
+        return TEXT_REFERENCE if row.group == TEXT else REFERENCE
+
     def difference(self, row: Row) -> Interval | None:
-        """To the reference; None for the reference itself, or where it has not been run."""
-        return None if row.variant == REFERENCE or self.reference is None else row.minus(self.reference)
+        """To what it is compared with; None for that itself, or where it has not been run."""
+        other = self.row(self.against(row))
+        return None if other is None or other is row else row.minus(other)
 
     def judge(self, row: Row) -> Verdict:
         """Whether our difference has the paper's sign."""
         paper = PAPER.get(row.variant)
-        if row.variant == REFERENCE:
+        if row.variant == self.against(row):
             return Verdict("reference", "The others are compared with it.")
         if paper is None:
             return Verdict("not in the paper", "The paper has no number for it.")
@@ -597,7 +636,7 @@ def table(runs: Sequence[Run], metric: str = "fine", bench: str = "AVG") -> Tabl
     """One row per setting and variant: ours, the paper's, the verdict, costs, and the command that makes it again."""
     columns = ["steps", "device", "size", "group", "variant", "seeds", "metric", "questions"]
     columns += ["mean", "deviation", "low", "high"]
-    columns += ["difference", "difference_low", "difference_high", "paper", "paper_benchmark", "paper_score"]
+    columns += ["against", "difference", "difference_low", "difference_high", "paper", "paper_benchmark", "paper_score"]
     columns += ["paper_difference", "verdict", "why", *COSTS, "hours", "command"]
     rows = []
     for each in settings(runs).values():
@@ -609,7 +648,7 @@ def table(runs: Sequence[Run], metric: str = "fine", bench: str = "AVG") -> Tabl
                 (
                     *found.setting, row.group, row.variant, " ".join(map(str, row.seeds)), metric, row.n,
                     row.mean.value, row.deviation, row.mean.low, row.mean.high,
-                    *(found.difference(row) or (None, None, None)),
+                    found.against(row), *(found.difference(row) or (None, None, None)),
                     paper and paper.source, bench if paper and paper.scores else None,
                     paper and paper.scores.get(bench), paper and paper.difference(bench), verdict.kind, verdict.why,
                     *(row.spent(cost) for cost in COSTS), sum(hours) if hours else None, row.command,
@@ -618,7 +657,125 @@ def table(runs: Sequence[Run], metric: str = "fine", bench: str = "AVG") -> Tabl
     return Table(tuple(columns), tuple(rows))
 
 
+def recall_table(found: Summary) -> Table:
+    """One row per variant that reads texts and part of the text."""
+    rows = [(row.variant, part, *each) for row in found.texts for part, each in row.recall.items()]
+    return Table(("variant", "part", "exact_match", "low_95", "high_95"), tuple(rows))
+
+
 def curves(found: Summary, variants: Sequence[str]) -> dict[str, Acuity]:
     """Acuity of these variants, those left out that have no glyph heights."""
     wanted = [row for row in found.rows if row.variant in variants]
     return {row.variant: curve for row in wanted if len((curve := row.acuity).n)}
+
+
+# ---- searches for where stacks enter
+
+
+class Tried(NamedTuple):
+    """One run of a search at one rung: shares of validation questions' characters and whole answers."""
+
+    variant: str
+    start: int
+    interval: int
+    count: int
+    characters: float
+    exact_match: float
+
+
+@dataclass(frozen=True)
+class Rung:
+    """The runs of a search at one step, the best first; the first `kept` went on, or won."""
+
+    step: int
+    ranking: tuple[Tried, ...]
+    kept: int
+
+    @property
+    def count(self) -> int:
+        return len(self.ranking)
+
+    @property
+    def rows(self) -> list[list]:
+        """For a table: variant, its place, scores in %, whether it went on."""
+        return [
+            [each.variant, each.start, each.interval, each.count, f"{100 * each.characters:.1f}",
+             f"{100 * each.exact_match:.1f}", "kept" if number < self.kept else ""]
+            for number, each in enumerate(self.ranking)
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Search:
+    """One finished search, a line of its file."""
+
+    setting: Setting
+    seed: int
+    budget: int
+    spent: int
+    candidates: int  # placings that there are
+    rungs: tuple[Rung, ...]
+    winner: str
+    rule: str
+
+    @property
+    def command(self) -> str:
+        size, device = self.setting.size, self.setting.device
+        text = f"python -m app lab search --seeds {self.seed} --budget {self.budget}" + (
+            f" --size {size}" if size else ""
+        )
+        return text + f" --steps {self.setting.steps}" + ("" if device == "cpu" else f" --device {device}")
+
+
+def read_searches(path: Path | str = SEARCHES) -> list[Search]:
+    """All searches of a file in its order; [] where there is no file. UserError with file and line number for a line
+    that is none."""
+    found = []
+    for number, raw in results.lines(Path(path)):
+        try:
+            ranked = [
+                [Tried(*(each[name] for name in Tried._fields)) for each in rung["ranking"]] for rung in raw["rungs"]
+            ]
+            kept = [*(len(each) for each in ranked[1:]), 1]
+            rungs = [
+                Rung(int(rung["step"]), tuple(each), n)
+                for rung, each, n in zip(raw["rungs"], ranked, kept, strict=True)
+            ]
+            setting = Setting(int(raw["steps"]), str(raw["device"]), str(raw["config"].get("size", "")))
+            numbers = (int(raw[name]) for name in ("seed", "budget", "spent", "candidates"))
+            found.append(Search(setting, *numbers, tuple(rungs), str(raw["winner"]), str(raw["rule"])))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            words = f"{type(error).__name__} {error}"
+            raise UserError(
+                f"{results.short(Path(path))}, line {number}, is no search: {words}. {results.AGAIN}"
+            ) from error
+    return found
+
+
+def outcome(search: Search, runs: Sequence[Run]) -> str:
+    """Whether the winner of a search beats the paper's rule of thumb on test scenes, in one or two sentences."""
+    if search.winner == search.rule:
+        return f"The search ended at the paper's rule of thumb, {search.rule}: it finds nothing better."
+    here = settings(runs).get(search.setting, [])
+    row = {each.variant: each for each in summary(here).rows} if here else {}
+    lacks = [name for name in (search.winner, search.rule) if name not in row]
+    if lacks:
+        return f"Not compared yet: {' and '.join(lacks)} {'has' if len(lacks) == 1 else 'have'} no run on test scenes."
+    winner, rule = row[search.winner], row[search.rule]
+    # the run that won was picked for being good: where there are others of its kind, they speak for it
+    others = tuple(run for run in winner.runs if run.seed != search.seed)
+    picked = "" if others else " Its only run is the one that the search picked, which flatters it."
+    winner = replace(winner, runs=others or winner.runs)
+    gap = winner.minus(rule)
+    ends = f"{100 * gap.value:+.1f} points of fine questions, {100 * gap.low:+.1f} to {100 * gap.high:+.1f}"
+    seeds = f"seeds {_and(winner.seeds)} against {_and(rule.seeds)}"
+    if gap.low <= 0 <= gap.high:
+        told = f"Undecided: {search.winner} against the rule of thumb {search.rule}, {ends}, and that holds zero"
+    else:
+        word = "beats" if gap.value > 0 else "does not beat"
+        told = f"{search.winner} {word} the rule of thumb {search.rule}: {ends}"
+    return f"{told} ({seeds}).{picked}"
+
+
+def _and(seeds: Sequence[int]) -> str:
+    return " and ".join(filter(None, [", ".join(map(str, seeds[:-1])), str(seeds[-1])]))

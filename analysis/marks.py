@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from analysis.grids import GridMap
-from analysis.lab import GROUPS, RANKINGS, Row, Summary, budgets
+from analysis.lab import GROUPS, RANKINGS, SHORT_PARTS, Row, Summary, budgets
 
 WIDE_BARS = 6  # bars in one chart that have room for two words between them
 MAX_TICKS = 11  # layer labels on one axis, readable at 400 px
@@ -120,12 +120,29 @@ def budget_note(found: Summary) -> str:
     return f"Rows ranked: {', '.join(said)}. Ends: none, and every row every stack."
 
 
+def _seeds(rows: Sequence[Row]) -> str:
+    seeds = sorted({len(row.runs) for row in rows})
+    return f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed{'s' if seeds[0] > 1 else ''}"
+
+
 def lab_note(found: Summary) -> str:
     """How many seeds and questions stand behind the lab's numbers."""
-    seeds = sorted({len(row.runs) for row in found.rows})
-    each = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed{'s' if seeds[0] > 1 else ''}"
     dotted = "" if found.reference is None else f"; dotted: {found.reference.variant}"
+    each = _seeds(found.pictures)
     return f"{found.setting}, {each}; bars: 95 %{dotted}. ✓ the paper's sign, ✗ the other, ? undecided."
+
+
+def recall_note(found: Summary) -> str:
+    """How many rows of context each variant of the group "text" takes, and how many seeds there are."""
+    rows = {row.variant: row.spent("context") for row in found.texts}
+    taken = ", ".join(f"{of_text(name)} {count:.0f}" for name, count in rows.items() if count is not None)
+    note = f"{found.setting}, {_seeds(found.texts)}; bars: 95 %. {SHORT_PARTS}"
+    return note + (f" Rows of context: {taken}." if taken else "")
+
+
+def of_text(variant: str) -> str:
+    """A variant of the group "text" as a short name: text-full is full."""
+    return variant.removeprefix("text-")
 
 
 def visible(text: str) -> str:

@@ -172,23 +172,38 @@ def _sweep_arguments(parser: Parser) -> None:
 def _lab_arguments(parser: Parser) -> None:
     parser.add_argument(
         "action",
-        choices=("list", "run", "table", "ship"),
-        help="the variants, runs of some, results beside the paper's, or models of finished runs for Chat and Compare",
+        choices=("list", "run", "search", "table", "ship"),
+        help="the variants, runs of some, a search for where stacks enter, results beside the paper's, or models of "
+        "finished runs for Chat and Compare",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="run: variants, or all; ship: variants")
     parser.add_argument(
-        "--seeds", default="0", metavar="S,S…", help="run: of weights and order; ship: the one to take (default 0)"
+        "--seeds",
+        default="0",
+        metavar="S,S…",
+        help="run: of weights and order; search: the first for the search, all for comparing its winner with the "
+        "paper's rule of thumb; ship: the one to take (default 0)",
     )
-    parser.add_argument("--steps", type=int, metavar="N", help="run, ship: training steps (default: the size's)")
+    parser.add_argument("--steps", type=int, metavar="N", help="run, search, ship: of a run (default: the size's)")
     parser.add_argument(
-        "--size", metavar="SIZE", help="run, ship: small or large (default: large on a GPU, small on the CPU)"
+        "--budget", type=int, metavar="STEPS", help="search: training steps of all its runs together (default: 8 runs')"
+    )
+    parser.add_argument(
+        "--size", metavar="SIZE", help="run, search, ship: small or large (default: large on a GPU, small on the CPU)"
     )
     parser.add_argument(
         "--device", metavar="D", help="cpu, cuda (default: a GPU where one works, else the CPU; with --ray cuda)"
     )
-    parser.add_argument("--ray", metavar="ADDRESS", help="run: of a Ray cluster (default: Ray on this machine)")
     parser.add_argument(
-        "--again", action="store_true", help="run: train anew what is in the results, and replace it there"
+        "--ray",
+        metavar="ADDRESS",
+        help="run, search: of a Ray cluster (default: Ray on this machine); a search needs a "
+        "work folder that its machines share",
+    )
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="run: train anew what is in the results, and replace it there; search: begin anew",
     )
     parser.add_argument(
         "--results", default="assets/lab/results.jsonl", metavar="FILE", help="default assets/lab/results.jsonl"
@@ -282,7 +297,9 @@ COMMANDS = {
     "scenes": Command("rendered scenes with exact answers", _scenes_arguments, "app.commands:scenes"),
     "eval": Command("exact match and error rate of a model on scenes", _eval_arguments, "app.commands:evaluate"),
     "sweep": Command("many plans on many images: score by start, gain …", _sweep_arguments, "app.sweep:run"),
-    "lab": Command("the paper's experiments at small size: list, run, table, ship", _lab_arguments, "app.lab:run"),
+    "lab": Command(
+        "the paper's experiments at small size: list, run, search, table, ship", _lab_arguments, "app.lab:run"
+    ),
     "train": Command("makes an embedded checkpoint again from nothing", _train_arguments, "app.commands:train"),
 }
 

@@ -1,4 +1,4 @@
-"""The command `lab`: the paper's experiments, listed, run, shown as a table, and shipped as models to chat with.
+"""The command `lab`: the paper's experiments, listed, run, searched, shown as a table, shipped as models to chat with.
 
 What a variant is and what a run does: model/lab. Knows nothing about training.
 """
@@ -6,24 +6,28 @@ What a variant is and what a run does: model/lab. Knows nothing about training.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from analysis import claims
 from analysis import lab as reading
 from app.lab_files import FIRST, files
 from app.output import Outcome, ProgressLine, log, table, write_files
 from model.errors import UserError
-from model.lab import many, results, scenes, ship
+from model.lab import many, results, scenes, search, ship
 from model.lab import run as lab
 from model.lab.variants import GROUPS, VARIANTS
 from model.loading import CHECKPOINTS, choose_device, gigabytes
+
+RUNG = ("variant", "start", "interval", "stacks", "characters, %", "exact, %", "")  # columns of a search's table
 
 
 def run(options: argparse.Namespace) -> Outcome:
     """One of the actions."""
     if options.action not in ("run", "ship") and options.names:
         raise UserError(f"lab {options.action} takes no names, not {' '.join(options.names)}.")
-    return {"list": _list, "run": _run, "table": _table, "ship": _ship}[options.action](options)
+    return {"list": _list, "run": _run, "search": _search, "table": _table, "ship": _ship}[options.action](options)
 
 
 def _list(options: argparse.Namespace) -> Outcome:
@@ -43,12 +47,7 @@ def _run(options: argparse.Namespace) -> Outcome:
     """Runs what is named and not yet in the file of results, each line written as its run ends."""
     if not options.names:
         raise UserError("lab run needs names of variants, or all; python -m app lab list shows them.")
-    if options.steps is not None and options.steps < 1:
-        raise UserError(f"--steps is {options.steps}; it must be at least 1.")
-    file, workdir = Path(options.results).expanduser(), Path(options.workdir).expanduser().resolve()
-    device = (options.device or "cuda") if options.ray else str(choose_device(options.device)[0])
-    device = device.partition(":")[0]  # Ray deals out the GPUs
-    size = lab.size_of(options.size, gpu=device == "cuda")
+    file, workdir, device, size = _where(options)
     names = VARIANTS if options.names == ["all"] else options.names
     wanted = lab.jobs(names, _seeds(options.seeds), size, options.steps)
     there = {} if options.again else {results.key_of(record): record for _, record in results.lines(file)}
@@ -69,6 +68,72 @@ def _run(options: argparse.Namespace) -> Outcome:
     return Outcome(data, text, 1 if died else 0)
 
 
+def _where(options: argparse.Namespace) -> tuple[Path, Path, str, lab.Size]:
+    """(file of results, work folder, device, size) of runs. UserError for steps that are none."""
+    if options.steps is not None and options.steps < 1:
+        raise UserError(f"--steps is {options.steps}; it must be at least 1.")
+    device = (options.device or "cuda") if options.ray else str(choose_device(options.device)[0])
+    device = device.partition(":")[0]  # Ray deals out the GPUs
+    size = lab.size_of(options.size, gpu=device == "cuda")
+    return Path(options.results).expanduser(), Path(options.workdir).expanduser().resolve(), device, size
+
+
+def _search(options: argparse.Namespace) -> Outcome:
+    """Spends the budget on a search from the first seed; then runs what the comparison with the rule still lacks."""
+    file, workdir, device, size = _where(options)
+    seed, steps = _seeds(options.seeds)[0], options.steps or size.steps
+    budget = search.BUDGET * steps if options.budget is None else options.budget
+    rungs = search.plan(budget, steps, len(search.candidates(size.layers)))
+    jobs = [lab.Job(variant, size, seed, steps) for variant in search.drawn(size.layers, rungs[0].count, seed)]
+    with _progress(workdir) as progress:
+        _prepare(jobs, options, device, workdir, progress)
+        if options.again:
+            for job in jobs:
+                lab.forget(job, search.home(workdir))
+
+        def climb(left: list[lab.Job], until: int) -> list[dict]:
+            log(f"{len(left)} runs up to step {until:,}")
+            given = [(job, workdir, device, until) for job in left]
+            said = dict(many.through_ray(search.climb, given, options.ray, device == "cuda", progress))
+            for number, each in said.items():
+                if isinstance(each, many.Died):
+                    raise UserError(
+                        f"{left[number].name} died {many.RETRIES + 1} times ({each}); the same command goes on from "
+                        "its last checkpoint."
+                    )
+            return [said[number] for number in range(len(left))]
+
+        found = search.halve(jobs, rungs, climb)
+        winner, known = found.winner, {results.key_of(each) for _, each in results.lines(file)}
+        if winner.key() not in known:
+            for _, each in many.through_ray(search.finish, [(winner, workdir, device)], options.ray, device == "cuda"):
+                if not isinstance(each, many.Died):  # else it is run below
+                    results.write(each, file)
+    record = search.record(found, budget, device)
+    results.write(record, file.with_name(results.SEARCHES.name))
+    _, died = _compare(winner, options, device, workdir, file)
+    told = reading.read_searches(file.with_name(results.SEARCHES.name))[-1]
+    text = "\n\n".join(
+        [
+            f"{told.spent:,} of {budget:,} steps spent on {told.rungs[0].count} of {told.candidates} placings",
+            *(f"at step {rung.step:,}:\n{table(RUNG, rung.rows)}" for rung in told.rungs),
+            reading.outcome(told, reading.read(file)),
+        ]
+    )
+    return Outcome(record, text, 1 if died else 0)
+
+
+def _compare(winner: lab.Job, options: argparse.Namespace, device: str, workdir: Path, file: Path) -> tuple[list, list]:
+    """Runs of the winner and of the rule from all seeds that are not in the results yet, and those that died."""
+    there = {results.key_of(record) for _, record in results.lines(file)}
+    names = [winner.variant.name, search.RULE]
+    jobs = [job for job in lab.jobs(names, _seeds(options.seeds), winner.size, winner.steps) if job.key() not in there]
+    records, died = _through_ray(jobs, options, device, workdir, file) if jobs else ([], [])
+    for job, why in died:
+        log(f"{job.name} died {many.RETRIES + 1} times ({why}); the same command goes on from its last checkpoint.")
+    return records, died
+
+
 def _table(options: argparse.Namespace) -> Outcome:
     """What is in the file of results beside the paper's numbers, setting by setting; as files with --out."""
     file = Path(options.results).expanduser()
@@ -81,7 +146,10 @@ def _table(options: argparse.Namespace) -> Outcome:
         rows = [_compared(found, row) for row in found.rows]
         headers = ["variant", "seeds", "ours, %", "95 %", f"against {reading.REFERENCE}", f"paper {found.bench}"]
         parts.append(f"{setting}: {found.words}\n{table([*headers, 'sign', 'context'], rows)}")
+        parts.append("\n".join(["What the paper claims:", *map(_told, claims.findings(found))]))
         written |= {f"{_slug(str(setting))}/{name}": data for name, data in files(each, found).items()}
+    for each in reading.read_searches(file.with_name(results.SEARCHES.name)):
+        parts.append(f"search, {each.setting}, seed {each.seed}: {reading.outcome(each, runs)}")
     if options.out:
         parts.append(f"{len(write_files(options.out, written))} files are in {options.out}")
     return Outcome(reading.table(runs, options.metric, options.bench).records(), "\n\n".join(parts))
@@ -138,6 +206,11 @@ def card(job: lab.Job, record: dict) -> str:
     )
 
 
+def _told(finding: claims.Finding) -> str:
+    lines = [f"{finding.kind}: {finding.claim.words} ({finding.claim.source})"]
+    return "\n".join([*lines, *(f"    {outcome.words}" for outcome in finding.outcomes)])
+
+
 def _slug(words: str) -> str:
     return "-".join(words.replace(",", "").split())
 
@@ -146,12 +219,13 @@ def _compared(found: reading.Summary, row: reading.Row) -> list:
     gap, paper = found.difference(row), reading.PAPER.get(row.variant)
     spread = "" if row.deviation is None else f" ± {100 * row.deviation:.1f}"
     printed = paper.scores.get(found.bench) if paper else None
+    other = "" if found.against(row) == reading.REFERENCE else f" against {found.against(row)}"
     return [
         row.variant,
         len(row.seeds),
         f"{100 * row.mean.value:.1f}{spread}",
         f"{100 * row.mean.low:.1f} to {100 * row.mean.high:.1f}",
-        None if gap is None else f"{100 * gap.value:+.1f} ({100 * gap.low:+.1f} to {100 * gap.high:+.1f})",
+        None if gap is None else f"{100 * gap.value:+.1f} ({100 * gap.low:+.1f} to {100 * gap.high:+.1f}){other}",
         None if printed is None else f"{printed:.1f}",
         found.judge(row).kind,
         row.spent("context"),
@@ -159,36 +233,50 @@ def _compared(found: reading.Summary, row: reading.Row) -> list:
 
 
 def _row(record: dict) -> list:
-    scores = [f"{100 * record['accuracy'][kind]['exact_match']:.1f} %" for kind in ("fine", "coarse")]
+    found = [record["accuracy"].get(kind) for kind in ("fine", "coarse")]  # no text has coarse questions
+    scores = [each and f"{100 * each['exact_match']:.1f} %" for each in found]
     start = [record["variant"], record["seed"], record["steps"]]
     return [*start, *scores, record["cost"]["context"], f"{60 * record['hours']:.1f}"]
 
 
 def _through_ray(todo: Sequence[lab.Job], options: argparse.Namespace, device: str, workdir: Path, file: Path):
     """(records of the runs that ended, (job, why) of those that died), the data made first."""
-    size = todo[0].size
-    progress = ProgressLine(every=60)
     records, died = [], []
     work = [(job, workdir, device) for job in todo]
-    try:
-        if not options.ray:  # else each machine makes what it lacks
-            sizes = (size.scenes, size.validation, size.test)
-            for pixels in sorted({job.variant.pixels for job in todo}):
-                scenes.prepare(workdir, *sizes, device=device, progress=progress.fraction, pixels=pixels)
-        if options.again:
+    with _progress(workdir) as progress:
+        _prepare(todo, options, device, workdir, progress)
+        if options.again and options.action == "run":
             for job in todo:
                 lab.forget(job, workdir)
-        for number, found in many.through_ray(lab.run, work, options.ray, device == "cuda", progress.fraction):
+        for number, found in many.through_ray(lab.run, work, options.ray, device == "cuda", progress):
             if isinstance(found, many.Died):
                 died.append((todo[number], found))
             else:
                 results.write(found, file)
                 records.append(found)
+    return records, died
+
+
+@contextmanager
+def _progress(workdir: Path) -> Iterator[Callable[[float, str], None]]:
+    """A line that says how far it is, and UserError for a work folder that cannot be used."""
+    line = ProgressLine(every=60)
+    try:
+        yield line.fraction
     except OSError as error:
         raise UserError(f"{error.filename or workdir} cannot be used: {error.strerror or error}.") from error
     finally:
-        progress.clear()
-    return records, died
+        line.clear()
+
+
+def _prepare(jobs: Sequence[lab.Job], options: argparse.Namespace, device: str, workdir: Path, progress) -> None:
+    """What these runs read, made here unless they run on a cluster: there each machine makes what it lacks."""
+    size = jobs[0].size
+    if not options.ray:
+        for pixels in sorted({job.variant.pixels for job in jobs if job.variant.reads != "text"}):
+            scenes.prepare(
+                workdir, size.scenes, size.validation, size.test, device=device, progress=progress, pixels=pixels
+            )
 
 
 def _seeds(text: str) -> list[int]:

@@ -22,6 +22,9 @@ MADE_UP = {
     "global-deeper": ("where", 0.09),
     "global-deeper-6": ("where", 0.03),
     "gate": ("strength", 0.61),
+    "text-full": ("text", 0.95),
+    "text-truncated": ("text", 0.24),
+    "text-stack-dilated": ("text", 0.70),
     "budget-50": ("budget", 0.45),
     "budget-25": ("budget", 0.30),
     "budget-50-random": ("budget", 0.35),
@@ -43,6 +46,11 @@ def line(variant: str, share: float | None = None, *, group: str = "", seed: int
         "coarse": {"n": 400, "exact_match": 0.9 + NOISE[seed % len(NOISE)]},
         "by_glyph_px": {height: {"n": 100, "exact_match": value} for height, value in heights.items()},
     }
+    if variant.startswith("text"):
+        parts = [0.0] * 6 + [0.97] * 2 if variant == "text-truncated" else [fine] * 8
+        shares = {str(part): {"n": 75, "exact_match": share} for part, share in enumerate(parts, 1)}
+        accuracy = {"fine": accuracy["fine"], "by_position": shares}
+        context = 258 if variant == "text-full" else 66
     cost = {
         **{"context": context, "prefill_flops": 1.5e7 * context, "prefill_seconds": 1e-4 * context},
         **{"prefill_bytes": 2e5 * context, "step_seconds": 0.3, "step_bytes": 1e8},
@@ -62,3 +70,23 @@ def write(path: Path, lines: list[dict] | None = None, seeds: int = 3) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(each) + "\n" for each in lines), encoding="utf-8")
     return path
+
+
+def search(winner: str = "start-2-interval-1-count-3", **more) -> dict:
+    """A search at the setting of `line`; `more` replaces fields."""
+    names = {
+        "start-2-interval-1-count-3": (2, 1, 3),
+        "stack-2d": (1, 1, 4),
+        "layers-1": (1, 1, 1),
+        "start-4": (4, 1, 4),
+    }
+    order = sorted(names, key=lambda name: name != winner)
+    tried = [
+        {"variant": name, **dict(zip(("start", "interval", "count"), names[name], strict=True)), "n": 300}
+        | {"characters": 0.8 - number / 10, "exact_match": 0.5 - number / 10}
+        for number, name in enumerate(order)
+    ]
+    rungs = [{"step": step, "ranking": tried[:count]} for step, count in ((500, 4), (1000, 2), (2000, 1))]
+    made = {"variant": "search", "config": {"budget": 5000}, "seed": 0, "steps": 2000, "device": "cpu", "budget": 5000}
+    made |= {"spent": 4000, "candidates": 49, "rungs": rungs, "winner": winner, "rule": "stack-2d"}
+    return {**made, "when": "2026-01-01", "versions": {}, **more}

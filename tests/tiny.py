@@ -247,11 +247,18 @@ def qwen3_vl_folder(path: str | Path, taps: tuple[int, ...] = (0, 1, 2), seed: i
 
 
 def hires_folder(
-    path: str | Path, merge: str = "stack", seed: int = 0, start: int = 1, interval: int = 1, num_crops: int = 4
+    path: str | Path,
+    merge: str = "stack",
+    seed: int = 0,
+    start: int = 1,
+    interval: int = 1,
+    num_crops: int = 4,
+    vision_layers: int = 3,
+    **more: object,
 ) -> Path:
     """A DeepStack-L folder: 16 px tiles of 4x4 tokens, 64 wide, 6 LLM layers, or as many as nine stacks need.
 
-    merge: "stack", "none" or "concat"."""
+    merge: "stack", "none" or "concat"; more: of the config's "deepstack" entry."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     special = ("<pad>", "<s>", "</s>", "<image>", "<answer>")
@@ -260,7 +267,7 @@ def hires_folder(
         vision_config=CLIPVisionConfig(
             hidden_size=32,
             intermediate_size=48,
-            num_hidden_layers=3,
+            num_hidden_layers=vision_layers,
             num_attention_heads=2,
             image_size=16,
             patch_size=4,
@@ -282,7 +289,10 @@ def hires_folder(
         image_seq_length=16,
         vision_feature_layer=[-1] * (num_crops + 1) if merge == "concat" else -1,
         vision_feature_select_strategy="default",
-        deepstack={"merge": merge, "num_crops": num_crops, "sampling": "2d", "start": start, "interval": interval},
+        deepstack={
+            **{"merge": merge, "num_crops": num_crops, "sampling": "2d", "start": start, "interval": interval},
+            **more,
+        },
     )
     model = LlavaForConditionalGeneration(config)
     _randomise(model, seed)

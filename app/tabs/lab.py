@@ -13,11 +13,11 @@ import gradio as gr
 from gradio import processing_utils
 from gradio.utils import get_upload_folder
 
-from analysis import budget, figures, lab
-from analysis.lab import Interval, Row, Run, Setting, Summary
+from analysis import budget, claims, figures, lab
+from analysis.lab import Interval, Row, Run, Search, Setting, Summary
 from app import asking, dealing, markup
 from app.desk import Desk
-from app.lab_files import FIGURES, FIRST, KINDS, axes_of, shown_curves, taken
+from app.lab_files import FIGURES, FIRST, KINDS, drawable, shown_curves, taken
 from app.session import Focus
 from app.wiring import bound, in_turn, line_of
 from model.errors import UserError
@@ -38,7 +38,9 @@ PLACES = {
     "dl-lab-axes": "figure 3",
     "dl-lab-acuity": "glyph height",
     "dl-lab-budget": "budget",
+    "dl-lab-recall": "recall of a text",
     "dl-lab-cost": "cost",
+    "dl-lab-search": "search",
     "dl-deal": "how tokens are dealt out",
     "dl-lab-keep": "what a budget keeps",
 }
@@ -47,6 +49,7 @@ NAVIGATION = (
     + "".join(f'<a href="#{place}">{words}</a>' for place, words in PLACES.items())
     + "</nav>"
 )
+RUNG = ("Variant", "Start", "Interval", "Stacks", "Characters, %", "Exact, %", "")  # columns of a search's table
 
 
 # ---- handlers: plain values in, plain values out
@@ -55,10 +58,11 @@ NAVIGATION = (
 def results(
     desk: Desk, dark: bool, setting: str, metric: str, bench: str, cost: str, curves: Sequence[str] | None
 ) -> tuple:
-    """All views of the results file: (head, body, setting, curves, table, variants, axes, acuity, budget, cost)."""
-    nothing = (gr.skip(), gr.skip(), "", None, None, None, None, None)
+    """All views of the results file: (head, body, setting, curves, table, variants, axes, acuity, budget, recall,
+    cost, searches)."""
+    nothing = (gr.skip(), gr.skip(), "", None, None, None, None, None, None, "")
     try:
-        runs = lab.read(lab.RESULTS)
+        runs, searches = lab.read(lab.RESULTS), lab.read_searches(lab.SEARCHES)
     except UserError as error:
         said = f'<p class="dl-error" role="alert">{markup.escape(str(error))}</p>'
         return said, gr.Column(visible=False), *nothing
@@ -69,17 +73,20 @@ def results(
         raise UserError(f"There is no cost “{cost}”; choose one of {', '.join(lab.COSTS)}.")
     shown = shown_curves(found, curves)
     drawn = lab.curves(found, shown)
+    full = drawable(found, drawn)
     return (
         head(found),
         gr.Column(visible=True),
         gr.Dropdown([str(each) for each in offered], value=str(found.setting)),
         gr.Dropdown([row.variant for row in found.rows if len(row.acuity.n)], value=shown),
         results_table(desk, runs, found),
-        figures.lab_variants(found, dark),
-        figures.lab_axes(found, dark) if axes_of(found) else None,
-        figures.acuity_curves(drawn, dark) if drawn else None,
-        figures.lab_budget(found, dark) if lab.budgets(found) else None,
-        figures.lab_cost(found, cost, dark) if any(row.spent(cost) is not None for row in found.rows) else None,
+        figures.lab_variants(found, dark) if full["variants"] else None,
+        figures.lab_axes(found, dark) if full["along figure 3"] else None,
+        figures.acuity_curves(drawn, dark) if full["acuity"] else None,
+        figures.lab_budget(found, dark) if full["budget"] else None,
+        figures.lab_recall(found, dark) if full["recall"] else None,
+        figures.lab_cost(found, cost, dark) if any(row.spent(cost) is not None for row in found.pictures) else None,
+        "".join(search_panel(each, runs) for each in searches),
     )
 
 
@@ -184,7 +191,23 @@ def head(found: Summary) -> str:
             f"<details><summary>{len(missing)} rows of the paper have no run of ours at this setting</summary>"
             f"{code(lab.run_command(missing, seeds, found.setting))}</details>"
         )
-    return INTRO + "".join(lines)
+    return INTRO + "".join(lines) + claims_panel(found)
+
+
+def claims_panel(found: Summary) -> str:
+    """What the paper claims, claim by claim, and what these runs say of it."""
+    lines = []
+    for finding in claims.findings(found):
+        claim, kind = finding.claim, finding.kind
+        shown = "".join(f"<li>{markup.escape(outcome.words)}</li>" for outcome in finding.outcomes)
+        lines.append(
+            f'<li><span class="dl-verdict dl-{kind}">{claims.MARKS[kind]} {kind}</span>'
+            f"<div><b>{markup.escape(claim.words)}</b> <small>{claim.source}</small><ul>{shown}</ul></div></li>"
+        )
+    return (
+        f'<div class="dl-panel"><h3>What the paper claims <small>{markup.escape(found.words)}</small></h3>'
+        f'<ul class="dl-lab-claims">{"".join(lines)}</ul>{markup.say("lab_claims")}</div>'
+    )
 
 
 def results_table(desk: Desk, runs: Sequence[Run], found: Summary) -> str:
@@ -214,6 +237,30 @@ def results_table(desk: Desk, runs: Sequence[Run], found: Summary) -> str:
     )
 
 
+def search_panel(search: Search, runs: Sequence[Run]) -> str:
+    """A search for where stacks enter: its rungs, its winner, and whether that beats the paper's rule of thumb."""
+    heads = "".join(f"<th>{head}</th>" for head in RUNG)
+    parts = []
+    for rung in search.rungs:
+        lines = "".join(
+            f"<tr>{''.join(f'<td>{markup.escape(str(cell))}</td>' for cell in row)}</tr>" for row in rung.rows
+        )
+        opened = " open" if rung is search.rungs[-1] else ""
+        parts.append(
+            f"<details{opened}><summary>step {rung.step:,}: {rung.count} runs, {rung.kept} kept</summary>"
+            f'<table class="dl-lab-rung"><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></details>'
+        )
+    words = (
+        f"{search.rungs[0].count} of {search.candidates} placings, drawn by chance; at each step the better half went "
+        f"on, ranked on validation scenes. {search.spent:,} of {search.budget:,} training steps were spent."
+    )
+    return (
+        f'<div class="dl-panel"><h3>A search for where stacks enter <small>{search.setting}</small></h3>'
+        f'<p class="dl-lab-count">{markup.escape(lab.outcome(search, runs))}</p><p class="dl-note">{words}</p>'
+        f"{''.join(parts)}{markup.say('lab_search')}{code(search.command)}</div>"
+    )
+
+
 def _row(desk: Desk, found: Summary, coarse: Summary, row: Row) -> str:
     gap, verdict, paper = found.difference(row), found.judge(row), lab.PAPER.get(row.variant)
     side = coarse.row(row.variant)
@@ -227,7 +274,7 @@ def _row(desk: Desk, found: Summary, coarse: Summary, row: Row) -> str:
     cells = {
         "Variant": f"<b>{markup.escape(row.variant)}</b><small>{markup.escape(lab.what(row.variant))}</small>",
         "Ours, %": _share(row),
-        f"Against {lab.REFERENCE}": "–" if gap is None else _points(gap),
+        f"Against {lab.REFERENCE}": "–" if gap is None else _points(gap, found.against(row)),
         f"Paper, {found.bench}": printed,
         "Sign": f'<span class="dl-verdict dl-{kind}">{verdict.mark} {verdict.kind}</span>'
         f"<small>{markup.escape(verdict.why)}</small>",
@@ -247,8 +294,9 @@ def _share(row: Row, short: bool = False) -> str:
     return f"<span>{100 * row.mean.value:.1f}{deviation}</span><small>{ends}{seeds}</small>"
 
 
-def _points(gap: Interval) -> str:
-    return f"{100 * gap.value:+.1f}<small>{100 * gap.low:+.1f} to {100 * gap.high:+.1f}</small>"
+def _points(gap: Interval, against: str) -> str:
+    other = "" if against == lab.REFERENCE else f", <br>against {against}"
+    return f"{100 * gap.value:+.1f}<small>{100 * gap.low:+.1f} to {100 * gap.high:+.1f}{other}</small>"
 
 
 def _costs(row: Row) -> str:
@@ -348,12 +396,16 @@ def build(desk: Desk, *, tab, model, focus, dark, examples) -> tuple:
             budgets = gr.Plot(show_label=False, container=False, elem_id="dl-lab-budget")
             gr.HTML(markup.say("lab_budget"), apply_default_css=False)
         with gr.Column(elem_classes=["dl-panel"]):
+            recall = gr.Plot(show_label=False, container=False, elem_id="dl-lab-recall")
+            gr.HTML(markup.say("lab_recall"), apply_default_css=False)
+        with gr.Column(elem_classes=["dl-panel"]):
             spent = gr.Plot(show_label=False, container=False, elem_id="dl-lab-cost")
             cost = gr.Dropdown(
                 [(f"{each.words} ({each.unit})", key) for key, each in lab.COSTS.items()], value="context",
                 label="Cost", filterable=False,
             )  # fmt: skip
             gr.HTML(markup.say("lab_cost"), apply_default_css=False)
+        searched = gr.HTML("", apply_default_css=False, elem_id="dl-lab-search")
         with gr.Row(elem_classes=["dl-take"]):
             what = gr.Dropdown(list(FIGURES), value="variants", label="Take away", scale=2, filterable=False)
             kind = gr.Radio(list(KINDS), value="png", label="as", scale=2)
@@ -377,7 +429,7 @@ def build(desk: Desk, *, tab, model, focus, dark, examples) -> tuple:
     cards = examples()
 
     choices = [setting, metric, bench, cost, curves]
-    views = [status, body, setting, curves, table, variants, axes, acuity, budgets, spent]
+    views = [status, body, setting, curves, table, variants, axes, acuity, budgets, recall, spent, searched]
     shown = {
         "fn": bound(results, desk), "inputs": [dark, *choices], "outputs": views, "queue": False,
         "show_progress": "minimal", "show_progress_on": [status],

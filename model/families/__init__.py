@@ -228,7 +228,7 @@ def families() -> tuple[type[Family], ...]:
     from model.families.cosmos3_omni import Cosmos3Omni
     from model.families.deepstack_llama import DeepStackLlama
     from model.families.deepstack_llava import DeepStackLlava
-    from model.families.deepstack_v import DeepStackV
+    from model.families.deepstack_v import DeepStackLlavaV, DeepStackV
     from model.families.granite4_vision import Granite4Vision
     from model.families.granite_docling import GraniteDocling
     from model.families.llava import Llava
@@ -243,7 +243,7 @@ def families() -> tuple[type[Family], ...]:
     from model.families.qwen3_vl_moe import Qwen3VLMoe
 
     stacks = (Qwen3VL, Qwen3VLMoe, Qwen3OmniMoe, Cosmos3Omni, CohereCompass, Granite4Vision, GraniteDocling)
-    papers = (DeepStackV, DeepStackLlama, DeepStackLlava)
+    papers = (DeepStackV, DeepStackLlama, DeepStackLlavaV, DeepStackLlava)
     return (*stacks, *papers, Qwen2VL, Qwen25VL, Qwen35, Qwen35Moe, Llava, LlavaNext, LlavaOnevision)
 
 

@@ -7,7 +7,8 @@ other ways of the paper's experiments are the lab's (model/lab/ship.py): "dummy"
 "string" the high-resolution tokens row by row in the sequence, "global-string" the global ones before them, "average"
 the mean of the samples on top of the global view. Two entries more are the lab's: "plan", the default plan in words,
 where it is not the one of start and interval (learned gates are its gains); "tower", the embedded checkpoint whose
-vision tower is this model's too and is not stored again, with "tower_mark", the digits of the tower it was trained on.
+vision tower is this model's too and is not stored again, with "tower_mark", the digits of the tower it was trained on,
+and "tower_change": true where training changed that tower, by the low-rank matrices in tower_change.safetensors.
 The paper's own checkpoints are read into this shape by deepstack_llama.py.
 """
 
@@ -23,14 +24,17 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedConfig
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.utils import cached_file
 
 from model.errors import UserError
 from model.families import Family
 from model.layout import Layout, StackSource
+from model.lowrank import changed
 from model.plan import BASE, Plan
 from model.prompt import Prompt
 from model.types import ImageGrid, Region, View
@@ -44,7 +48,10 @@ DEFAULTS = {
     "plan": None,
     "tower": None,
     "tower_mark": None,
+    "tower_change": False,
+    "vit_start": None,
 }
+CHANGE = "tower_change.safetensors"
 TRAINED = {
     "stack": "trained with stacks",
     "none": "trained single injection",
@@ -89,7 +96,8 @@ class DeepStackLlava(Family):
         self.note = NOTES[self.settings["merge"]]
         if self.settings["tower"]:
             self.borrowed = model.model.vision_tower.num_parameters()
-            self.note += f" Its tower was read from {self.settings['tower']}."
+            later = " and changed in training" if self.settings["tower_change"] else ""
+            self.note += f" Its tower was read from {self.settings['tower']}{later}."
         vision = model.config.vision_config
         self.tile = vision.image_size  # pixels, one side of a view or tile
         self.side = vision.image_size // vision.patch_size  # tokens, one side
@@ -110,7 +118,10 @@ class DeepStackLlava(Family):
         model = LlavaForConditionalGeneration.from_pretrained(source, **options)
         settings = settings_of(model.config)
         if settings["tower"]:
-            model.model.vision_tower.load_state_dict(shared_tower(settings["tower"], settings["tower_mark"]))
+            weights = shared_tower(settings["tower"], settings["tower_mark"])
+            if settings["tower_change"]:
+                weights = changed(weights, load_file(cached_file(source, CHANGE, **hub)))
+            model.model.vision_tower.load_state_dict(weights)
         return processor, model
 
     @staticmethod

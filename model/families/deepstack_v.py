@@ -1,15 +1,16 @@
 """DeepStack-V: stacks enter the vision tower's own layers, and what comes out enters the LLM once.
 
-A checkpoint of type `deepstack_llama` (deepstack_llama.py) whose `deepstack_args_for_ablation` name `deepstack_vit`.
-The tiles of the high-resolution view go through the tower's first layers, up to `lsvit_start_layer_N` (half of them
-where it is not given); the tokens that they are there are dilated into sets, and set k is added to the global view's
-tokens before vision layer N + k, the class token left alone. A plan writes them `v0@v12,v1@v13` and may move, scale or
-drop each; it never moves the layer at which the sets are taken.
+A LLaVA-shaped folder (deepstack_llava.py) whose "deepstack" entry has "vit_start", as the lab ships them, or a
+checkpoint of type `deepstack_llama` (deepstack_llama.py) whose `deepstack_args_for_ablation` name `deepstack_vit`. The
+tiles of the high-resolution view go through the tower's first layers, up to vit_start or `lsvit_start_layer_N` (half of
+them where the released config does not say); the tokens that they are there are dilated into sets, and set k is added
+to the global view's tokens before vision layer N + k, the class token left alone. A plan writes them `v0@v12,v1@v13`
+and may move, scale or drop each; it never moves the layer at which the sets are taken.
 
-Traps: the selected hidden state, the last but one, is the *input* of the last layer, with what is added there. The
-released code stops on an image that it does not cut into num_crops square tiles (unless `2xsample` says so) and where
-no start layer is given; here every image is cut so and the default holds. A start at the tower's end, for which the
-code adds five layers of its own, is refused.
+Traps: the selected hidden state, the released models' last but one, is the *input* of the last layer, with what is
+added there. The released code stops on an image that it does not cut into num_crops square tiles (unless `2xsample`
+says so) and where no start layer is given; here every image is cut so and the default holds. A start at the tower's
+end, for which the code adds five layers of its own, is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +26,16 @@ from transformers import CLIPVisionConfig, LlavaConfig, PreTrainedConfig
 
 from model.errors import UserError
 from model.families.deepstack_llama import DeepStackLlama, stack_scale
-from model.families.deepstack_llava import NOTES, mosaic, owners_of, sample, set_label, settings_of, tiles
+from model.families.deepstack_llava import (
+    NOTES,
+    DeepStackLlava,
+    mosaic,
+    owners_of,
+    sample,
+    set_label,
+    settings_of,
+    tiles,
+)
 from model.instrument import Injection, Pass, active, hook_layers
 from model.layout import Layout, StackSource
 from model.plan import BASE, VISION, Entry, Plan, enters_tower
@@ -53,51 +63,36 @@ def _stop_here(module: nn.Module, args: tuple) -> None:
         raise _Reached(args[0])
 
 
-class DeepStackV(DeepStackLlama):
-    """A checkpoint of type `deepstack_llama` whose stacks enter its vision tower."""
+class DeepStackLlavaV(DeepStackLlava):
+    """`LlavaForConditionalGeneration` whose "deepstack" entry says "vit_start"."""
 
-    name = "deepstack_v"
+    name = "deepstack_llava_v"
+    needs = "a LLaVA-shaped folder whose config.json has a “deepstack” entry with vit_start, as the lab ships it"
     title = "DeepStack-V"
-    needs = "as DeepStack-L as released, with deepstack_vit among the config's deepstack_args_for_ablation"
-    differs = (
-        "The released code stops on images that it does not cut into a square of tiles; here every image is cut so."
-    )
 
     def __init__(self, *parts):
         super().__init__(*parts)
         self.trained = "trained with stacks in its vision tower"
-        self.note = self.note.replace(NOTES["stack"], NOTE)
+        self.note = self.note.replace(NOTES[self.settings["merge"]], NOTE)
         self.start = self.settings["vit_start"]
+        self.scale = stack_scale(self.settings)
         layers = self.model.model.vision_tower.encoder.layers
         hook_layers(layers)
         layers[self.start].register_forward_pre_hook(_stop_here)
 
     @classmethod
     def matches(cls, config: PreTrainedConfig) -> bool:
-        return super().matches(config) and ARGUMENT in arguments_of(config)
-
-    @classmethod
-    def shaped(cls, config: PreTrainedConfig, vision: CLIPVisionConfig) -> LlavaConfig:
-        """As DeepStack-L's, with the start layer as `vit_start`; UserError where it cannot be run."""
-        start = start_of(config, vision.num_hidden_layers)
-        plain = PreTrainedConfig.from_dict(config.to_dict() | {"deepstack_args_for_ablation": None})
-        out = super().shaped(plain, vision)
-        crops = out.deepstack["num_crops"]
-        if stack_scale(out.deepstack) ** 2 != crops or out.deepstack["hd"]:
-            raise UserError(
-                f"A DeepStack-V config has a square num_crops (4, 9 …) and no is_anyres_deepstack, not {crops} and "
-                f"{out.deepstack['hd']}; it cannot be run."
-            )
-        out.deepstack["vit_start"] = start
-        return out
+        return super().matches(config) and settings_of(config)["vit_start"] is not None
 
     @classmethod
     def layout_of(cls, config: PreTrainedConfig) -> tuple[Layout, tuple[str, ...]]:
-        return tower_layout(cls.as_read(config), cls.name)
+        check(config)
+        return tower_layout(config, cls.name)
 
     def high_resolution(self, image: Image.Image) -> tuple[Image.Image, tuple[int, int]]:
         """The high-resolution view (stretched, not padded) and its tiles: as many rows as columns."""
-        return self._stretched(image, (1, 1)), (self.scale, self.scale)
+        side = self.scale * self.tile
+        return image.resize((side, side), Image.Resampling.BICUBIC), (self.scale, self.scale)
 
     def encode(
         self, image: Image.Image, names: Sequence[str], entering: Sequence[tuple[Entry, Tensor]] = ()
@@ -149,13 +144,58 @@ class DeepStackV(DeepStackLlama):
         return low, View("high-resolution view", high, shape, owners)
 
 
+class DeepStackV(DeepStackLlavaV, DeepStackLlama):
+    """A checkpoint of type `deepstack_llama` whose stacks enter its vision tower."""
+
+    name = "deepstack_v"
+    title = "DeepStack-V as released"
+    needs = "as DeepStack-L as released, with deepstack_vit among the config's deepstack_args_for_ablation"
+    differs = (
+        "The released code stops on images that it does not cut into a square of tiles; here every image is cut so."
+    )
+
+    @classmethod
+    def matches(cls, config: PreTrainedConfig) -> bool:
+        return config.model_type in cls.model_types and ARGUMENT in arguments_of(config)
+
+    @classmethod
+    def shaped(cls, config: PreTrainedConfig, vision: CLIPVisionConfig) -> LlavaConfig:
+        """As DeepStack-L's, with the start layer as `vit_start`; UserError where it cannot be run."""
+        start = start_of(config, vision.num_hidden_layers)
+        plain = PreTrainedConfig.from_dict(config.to_dict() | {"deepstack_args_for_ablation": None})
+        out = super().shaped(plain, vision)
+        out.deepstack["vit_start"] = start
+        check(out)
+        return out
+
+    @classmethod
+    def layout_of(cls, config: PreTrainedConfig) -> tuple[Layout, tuple[str, ...]]:
+        return tower_layout(cls.as_read(config), cls.name)
+
+
+def check(config: LlavaConfig) -> None:
+    """UserError for a config with a `vit_start` that cannot be run."""
+    settings, depth = settings_of(config), config.vision_config.num_hidden_layers
+    start, crops, hd = settings["vit_start"], settings["num_crops"], settings.get("hd", False)
+    if stack_scale(settings) ** 2 != crops or hd:
+        raise UserError(
+            f"A DeepStack-V config has a square num_crops (4, 9 …) and no is_anyres_deepstack, not {crops} and {hd}; "
+            "it cannot be run."
+        )
+    if not isinstance(start, int) or not 0 <= start < depth:
+        raise UserError(
+            f"The config.json starts its stacks at vision layer {start}, but the tower has layers 0 to {depth - 1}; "
+            "the five layers that the released code adds at its end cannot be run here."
+        )
+
+
 def arguments_of(config: PreTrainedConfig) -> list[str]:
     """What the released code splits its `deepstack_args_for_ablation` into."""
     return [part for part in (getattr(config, "deepstack_args_for_ablation", None) or "").split("+") if part]
 
 
 def start_of(config: PreTrainedConfig, depth: int) -> int:
-    """The vision layer before which the first stack enters; UserError for arguments that cannot be run."""
+    """The vision layer before which the first stack is to enter; UserError for arguments that cannot be run."""
     start = depth // 2
     for part in arguments_of(config):
         if found := START.fullmatch(part):
@@ -165,11 +205,6 @@ def start_of(config: PreTrainedConfig, depth: int) -> int:
                 f"The config.json says deepstack_args_for_ablation {config.deepstack_args_for_ablation!r}; of these "
                 f"{part} cannot be run here, supported are {ARGUMENT}, {SQUARE} and lsvit_start_layer_N."
             )
-    if start >= depth:
-        raise UserError(
-            f"The config.json starts its stacks at vision layer {start}, but the tower has layers 0 to {depth - 1}; "
-            "the five layers that the released code adds there cannot be run here."
-        )
     return start
 
 

@@ -13,9 +13,11 @@ from collections.abc import Callable
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.lab.text_twin import TextTwin
 from model.lab.twin import LabTwin
 from model.training import packed
 
@@ -23,13 +25,18 @@ PREFILLS, STEPS = 9, 3  # timed; the middle one counts
 
 
 def measure(
-    twin: LabTwin, features: torch.Tensor, question: packed.Rows, step: Callable[[], None], dtype: torch.dtype
+    twin: LabTwin | TextTwin,
+    features: torch.Tensor,
+    question: packed.Rows,
+    step: Callable[[], None],
+    dtype: torch.dtype,
 ) -> dict:
-    """The cost of a prefill of one image `features` (or pixels) with one `question`, and of a training `step`.
+    """The cost of a prefill of one image `features` (or pixels, or a text) with one `question`, and of a training
+    `step`.
 
-    dtype: what the decoder's layers compute in. context: tokens of the image and before it. flops: two per
-    multiplication and addition, without the whitening of features, which a finished model has in its projector. Bytes:
-    the most that is allocated at once, beyond the weights."""
+    dtype: what the decoder's layers compute in. context: tokens of the image (or text) and before it. flops: two per
+    multiplication and addition, without the whitening of features and the low-rank changes of a tower, which a finished
+    model has in its weights. Bytes: the most that is allocated at once, beyond the weights."""
     with torch.no_grad():
         seen = twin.see(features, dtype)
         base, _ = twin.inject(seen)
@@ -38,9 +45,12 @@ def measure(
     def prefill():
         twin(seen, question, dtype)
 
+    with parametrize.cached():  # changes of a tuned tower are in its matrices before anything is counted
+        twin.look()
+        tower_flops = flops(twin.look)
     return {
         "context": base.shape[1] + len(twin.lead),
-        "tower_flops": flops(twin.look),
+        "tower_flops": tower_flops,
         "prefill_flops": flops(prefill) - flops(lambda: twin.whitened(seen)),
         "prefill_seconds": seconds(prefill, PREFILLS, features.device),
         "prefill_bytes": peak_bytes(prefill, features.device),
@@ -57,14 +67,17 @@ def flops(work: Callable[[], object]) -> int:
 
 
 def seconds(work: Callable[[], None], times: int, device: torch.device) -> float:
-    """The middle one of so many, after one that is not counted."""
+    """The middle one of so many, after one that is not counted: on a CPU the processor's time, all threads added up,
+    which other work on the machine hardly changes; on a GPU the clock's."""
+    gpu = device.type == "cuda"
+    clock = time.perf_counter if gpu else time.process_time
     taken = []
     for _ in range(times + 1):
-        started = time.perf_counter()
+        started = clock()
         work()
-        if device.type == "cuda":
+        if gpu:
             torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - started)
+        taken.append(clock() - started)
     return statistics.median(taken[1:])
 
 

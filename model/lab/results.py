@@ -12,6 +12,7 @@ from pathlib import Path
 from model.errors import UserError
 
 RESULTS = Path(__file__).resolve().parents[2] / "assets" / "lab" / "results.jsonl"
+SEARCHES = RESULTS.with_name("search.jsonl")  # of finished searches, written and read in the same way
 AGAIN = "Take the line out, or run it again."
 
 

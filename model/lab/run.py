@@ -21,9 +21,10 @@ import transformers
 from transformers import LlavaConfig
 
 from model.errors import UserError
-from model.lab import cost, results, scenes
-from model.lab.twin import LabTwin
-from model.lab.variants import Variant, first_layer, variant_of
+from model.lab import cost, results, scenes, texts
+from model.lab.text_twin import SPREAD, TextTwin
+from model.lab.twin import RANK, LabTwin
+from model.lab.variants import LONG, Variant, first_layer, variant_of
 from model.training import dataset, twins
 from model.training.scenes import Question
 from model.training.tokenizer import make_tokenizer
@@ -83,10 +84,14 @@ class Job:
         size = {key: value for key, value in asdict(self.size).items() if key not in ("name", "steps")}
         # "layers" would be the number of layers that get a stack, to those who read the results
         decoder = {"llm_width": size.pop("width"), "llm_layers": size.pop("layers")}
+        start = {"start": first_layer(self.variant, self.size.layers)}
+        if self.variant.reads == "text":
+            text = {"text": LONG, "fact": texts.FACT, "spread": SPREAD}
+            text |= {"texts_seeds": [texts.TRAINING_SEED, texts.VALIDATION_SEED, texts.TEST_SEED]}
+            return {"size": self.size.name, **decoder, **size, **text, **self.variant.config(), **start}
         view = {"side": scenes.SIDE, "glyphs": {str(key): share for key, share in scenes.GLYPHS.items()}}
         seeds = {"scenes_seeds": [scenes.TRAINING_SEED, scenes.VALIDATION_SEED, scenes.TEST_SEED]}
-        tower = {"tower": scenes.tower_mark()}
-        start = {"start": first_layer(self.variant, self.size.layers)}
+        tower = {"tower": scenes.tower_mark()} | ({"tower_rank": RANK} if self.variant.tuned else {})
         return {"size": self.size.name, **decoder, **size, **view, **seeds, **tower, **self.variant.config(), **start}
 
     def key(self) -> str:
@@ -110,14 +115,48 @@ def forget(job: Job, workdir: Path) -> None:
     shutil.rmtree(job.folder(workdir), ignore_errors=True)
 
 
-def run(job: Job, workdir: Path, device: str | None = None, progress=None) -> dict:
-    """Train, test and measure; the record of the run. Goes on from the run's last checkpoint in `workdir`.
-    progress(share, words). UserError where it is to use a GPU and there is none."""
+def run(job: Job, workdir: Path, device: str | None = None, progress=None, runs: Path | None = None) -> dict:
+    """Train, test and measure; the record of the run. Goes on from the run's last checkpoint in `workdir`, or in `runs`
+    where that is given. progress(share, words). UserError where it is to use a GPU and there is none."""
+    twin, questions, training, _, tested = train(job, workdir, device, progress, runs)
+    curve = (job.folder(runs or workdir) / "curve.jsonl").read_text().splitlines()
+    accelerator = accelerator_for(device)
+    return {
+        "variant": job.variant.name,
+        "group": job.variant.group,
+        "config": job.config(),
+        "seed": job.seed,
+        "steps": job.steps,
+        "device": accelerator.device.type,
+        "hours": round(json.loads(curve[-1])["minutes"] / 60, 3),
+        "parameters": twin.counted(),
+        "accuracy": marks(twins.answered(twin, questions, *tested, most=MOST)),
+        "cost": costs(twin, questions, training[0], job.size.batch, compute_dtype(accelerator)),
+        "when": datetime.date.today().isoformat(),
+        "versions": versions(accelerator.device),
+    } | learned(twin)  # fmt: skip
+
+
+def train(
+    job: Job, workdir: Path, device: str | None, progress=None, runs: Path | None = None, until: int | None = None
+) -> tuple:
+    """Train, as `run` does, to the end or to the step `until`: (twin, questions, training, validation, test), the twin
+    ready to be asked."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, but the machine of this run has no GPU that works; give --device cpu.")
-    folder = job.folder(workdir)
-    size, layers = job.size, job.size.layers
-    pixels = job.variant.pixels
+    folder, size = job.folder(runs or workdir), job.size
+    made = _with_text(job) if job.variant.reads == "text" else _with_pictures(job, workdir, device)
+    twin, questions, training, watched, _ = made
+    options = {"batch": size.batch, "seed": job.seed, "rate": size.rate, "device": device, "progress": progress}
+    options |= {"until": until, "log": lambda line: None}
+    twins.fit(job.name, twin, questions, training, watched, folder, (job.steps,), **options)
+    twin.to(accelerator_for(device).device).eval()
+    return made
+
+
+def _with_pictures(job: Job, workdir: Path, device: str | None) -> tuple:
+    """(twin, questions, training, validation, test) of a run on scenes, its weights drawn from its seed."""
+    size, layers, pixels = job.size, job.size.layers, job.variant.pixels
     data = scenes.prepare(workdir, size.scenes, size.validation, size.test, device=device, pixels=pixels)
     training = [(scenes.placed(batch, job.variant, layers), features) for batch, features in data.training]
     watched, tested = (
@@ -126,32 +165,25 @@ def run(job: Job, workdir: Path, device: str | None = None, progress=None) -> di
     tower = scenes.load_tower().tower if pixels else None
     torch.manual_seed(job.seed)
     tokenizer = make_tokenizer()
-    questions = twins.Questions(tokenizer)
     vision = LlavaConfig.from_pretrained(scenes.TOWER).vision_config
     sample = training[0][1][: SAMPLE_PIXELS if pixels else SAMPLE]
     twin = LabTwin(job.variant, vision, len(tokenizer), sample, size.width, layers, tower)
-    options = {"batch": size.batch, "seed": job.seed, "rate": size.rate, "device": device, "progress": progress}
-    if job.variant.tuned:
-        options["gentle"] = twin.model.model.vision_tower.parameters()
-    twins.fit(job.name, twin, questions, training, watched, folder, (job.steps,), **options, log=lambda line: None)
-    minutes = json.loads((folder / "curve.jsonl").read_text().splitlines()[-1])["minutes"]
-    accelerator = accelerator_for(device)
-    twin.to(accelerator.device).eval()
-    accuracy = marks(twins.answered(twin, questions, *tested, most=MOST))
-    return {
-        "variant": job.variant.name,
-        "group": job.variant.group,
-        "config": job.config(),
-        "seed": job.seed,
-        "steps": job.steps,
-        "device": accelerator.device.type,
-        "hours": round(minutes / 60, 3),
-        "parameters": twin.counted(),
-        "accuracy": accuracy,
-        "cost": costs(twin, questions, training[0], size.batch, compute_dtype(accelerator)),
-        "when": datetime.date.today().isoformat(),
-        "versions": versions(accelerator.device),
-    } | learned(twin)  # fmt: skip
+    return twin, twins.Questions(tokenizer), training, watched, tested
+
+
+def _with_text(job: Job) -> tuple:
+    """As _with_pictures, of a run on long texts."""
+    size, layers = job.size, job.size.layers
+    torch.manual_seed(job.seed)
+    tokenizer = make_tokenizer()
+    questions = texts.Questions(tokenizer)
+    drawn = (
+        texts.draw(size.scenes, texts.TRAINING_SEED),
+        texts.draw(size.validation, texts.VALIDATION_SEED),
+        texts.draw(size.test, texts.TEST_SEED),
+    )
+    training, *held_out = ((each.batch(job.variant, layers), each.ids(questions)) for each in drawn)
+    return TextTwin(job.variant, len(tokenizer), size.width, layers), questions, [training], *held_out
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -161,24 +193,30 @@ def versions(device: torch.device) -> dict[str, str]:
     return own | {"transformers": transformers.__version__} | gpu
 
 
-def learned(twin: LabTwin) -> dict:
+def learned(twin: LabTwin | TextTwin) -> dict:
     """The gates of a variant that has them, one number per stack: a mean over channels where there are many."""
     return {"gates": twin.gates.detach().mean(-1).flatten().tolist()} if twin.variant.gate != "none" else {}
 
 
 def marks(answers: Iterable[tuple[Question, torch.Tensor]]) -> dict:
-    """Exact match by kind, of fine questions also characters and first characters, and all by glyph height."""
-    by_kind: dict[str, list[torch.Tensor]] = {"fine": [], "coarse": []}
-    by_height: dict[str, list[torch.Tensor]] = {}
+    """Exact match by kind, of fine questions also characters and first characters, and all by glyph height, or of a
+    text's by the part of it that was asked for."""
+    by_kind: dict[str, list[torch.Tensor]] = {}
+    by_height: dict[float, list[torch.Tensor]] = {}
+    by_part: dict[float, list[torch.Tensor]] = {}
     for question, right in answers:
-        by_kind[question.kind].append(right)
-        if question.kind == "fine":
-            by_height.setdefault(f"{question.glyph_px:g}", []).append(right)
-    fine, coarse = (_share(found) for found in by_kind.values())
-    fine["characters"] = round(float(np.mean([float(r[:-1].float().mean()) for r in by_kind["fine"]])), 4)
-    fine["first_character"] = round(float(np.mean([bool(r[0]) for r in by_kind["fine"]])), 4)
-    heights = {height: _share(found) for height, found in sorted(by_height.items(), key=lambda item: float(item[0]))}
-    return {"fine": fine, "coarse": coarse, "by_glyph_px": heights}
+        by_kind.setdefault(question.kind, []).append(right)
+        if isinstance(question, texts.Recall):
+            by_part.setdefault(question.part, []).append(right)
+        elif question.kind == "fine":
+            by_height.setdefault(question.glyph_px, []).append(right)
+    found = {kind: _share(of) for kind, of in by_kind.items()}
+    found["fine"]["characters"] = round(float(np.mean([float(r[:-1].float().mean()) for r in by_kind["fine"]])), 4)
+    found["fine"]["first_character"] = round(float(np.mean([bool(r[0]) for r in by_kind["fine"]])), 4)
+    for name, each in (("by_glyph_px", by_height), ("by_position", by_part)):
+        if each:
+            found[name] = {f"{place:g}": _share(each[place]) for place in sorted(each)}
+    return found
 
 
 def _share(found: list[torch.Tensor]) -> dict:
@@ -186,7 +224,7 @@ def _share(found: list[torch.Tensor]) -> dict:
 
 
 def costs(
-    twin: LabTwin,
+    twin: LabTwin | TextTwin,
     questions: twins.Questions,
     data: tuple[dataset.Batch, torch.Tensor],
     batch: int,
@@ -202,7 +240,7 @@ def costs(
     item = items[0][0]
     one = questions.pad([questions.turn(item.question.question, item.question.answer, item.cells)]).to(device)
     rows = questions.rows(items, np.random.default_rng(0)).to(device)
-    words = twin.model.model.language_model.embed_tokens.weight[questions.words].detach()
+    words = twin.language.embed_tokens.weight[questions.words].detach()
 
     def step():
         twin.zero_grad(set_to_none=True)

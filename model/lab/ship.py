@@ -1,7 +1,7 @@
 """The model of a finished run as a folder that the app loads like any other: for Chat and Compare.
 
-What is written is projector and decoder; the frozen vision tower stays with the embedded model that it is of, which the
-folder names (model/families/deepstack_llava.py). Knows nothing about cards and pages.
+What is written is projector and decoder, and the changes of a tuned vision tower; the tower stays with the embedded
+model that it is of, which the folder names (model/families/deepstack_llava.py). Knows nothing about cards and pages.
 """
 
 from __future__ import annotations
@@ -10,21 +10,25 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import LlavaConfig
 
+from model import lowrank
 from model.errors import UserError
-from model.families.deepstack_llava import TRAINED
+from model.families.deepstack_llava import CHANGE, TRAINED
 from model.lab import scenes
 from model.lab.run import Job
 from model.lab.twin import LabTwin
 from model.lab.variants import LAST, SETS, Variant, first_layer, layers_of
 from model.loading import EMBEDDED, LAB
 from model.plan import BASE, Plan
+from model.training.pages import TILE
 from model.training.tokenizer import make_tokenizer
 from model.training.train import CHECKPOINTS, export
 
 # what of a variant the family can run; one that sets anything else has numbers only
 RUN = {"name", "group", "words", "merge", "rows", "sampling", "start", "interval", "count", "base_at", "gate"}
+RUN |= {"tuned", "tower_start"}
 DIGITS = 4  # of a gate as the default plan's gain
 
 
@@ -54,6 +58,8 @@ def entry(variant: Variant, layers: int, gates: list[float] | None = None) -> di
     stack where they are learned; they become the gains of the default plan."""
     check(variant)
     merge = "dummy" if variant.merge == "stack" and variant.rows == "global" else variant.merge
+    if variant.tower_start is not None:
+        return {"merge": "stack", "num_crops": SETS, "sampling": variant.sampling, "vit_start": variant.tower_start}
     found = {"merge": merge, "num_crops": SETS, "sampling": variant.sampling}
     found |= {"start": first_layer(variant, layers), "interval": variant.interval}
     gains = [1.0] * SETS if gates is None else [round(gate, DIGITS) for gate in gates]
@@ -75,17 +81,27 @@ def trained(job: Job, workdir: Path) -> LabTwin:
             f"python -m app lab run {job.variant.name} --seeds {job.seed}, or give its --workdir, --size and --steps."
         )
     vision = LlavaConfig.from_pretrained(scenes.TOWER).vision_config
-    any_features = torch.eye(vision.hidden_size)[None]  # the checkpoint brings the whitening that training made
-    twin = LabTwin(job.variant, vision, len(make_tokenizer()), any_features, job.size.width, job.size.layers)
+    # The checkpoint brings the whitening that training made of other features.
+    read, tower = torch.eye(vision.hidden_size)[None], None
+    if job.variant.pixels:
+        read, tower = torch.rand(2, 1 + SETS, TILE, TILE, 3) * 255, scenes.load_tower().tower
+    twin = LabTwin(job.variant, vision, len(make_tokenizer()), read, job.size.width, job.size.layers, tower)
     twin.load_state_dict(saved["twin"])
     return twin.eval()
 
 
 def ship(twin: LabTwin, out: Path, recipe: dict) -> Path:
-    """Write a trained model as the folder `out`, `recipe` beside it; returns it. Folds the twin's whitening."""
+    """Write a trained model as the folder `out`, `recipe` beside it; returns it. Folds the twin's whitening, merges the
+    changes of its tower."""
     gates = twin.gates.detach().flatten().tolist() if twin.variant.gate == "scalar" else None
     layers = twin.model.config.text_config.num_hidden_layers
     lender = {"tower": f"{EMBEDDED}/{scenes.TOWER.name}", "tower_mark": scenes.tower_mark()}
+    if twin.changes:
+        lender["tower_change"] = True
+        out.mkdir(parents=True, exist_ok=True)
+        tower = twin.model.model.vision_tower
+        save_file({name: change.half() for name, change in lowrank.changes(tower).items()}, out / CHANGE)
+        lowrank.merge(tower)
     twin.model.config.deepstack = entry(twin.variant, layers, gates) | lender
     export(twin, scenes.load_tower(), out, recipe, whole=False)
     return out

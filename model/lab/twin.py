@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from model import lowrank
 from model.lab import sight
 from model.lab.variants import LOW, SETS, TAPS, Variant, first_layer, layers_of, sets_of
 from model.training import packed
@@ -17,6 +18,7 @@ from model.training.twins import Twin, begin
 
 MERGE = {"concat": "concat", "none": "none"}  # of the embedded models' kinds; all else projects token by token
 MERGE |= dict.fromkeys(TAPS, "concat")  # the four tokens under a row side by side
+RANK = 8  # of what training adds to each matrix of a tuned tower: what can be stored beside a decoder in 4 MB
 PIXELS = 5  # axes of what a variant that reads pixels is given
 
 
@@ -47,10 +49,11 @@ class LabTwin(Twin):
             with torch.no_grad():
                 features = sight.see(tower, variant, features)
         super().__init__(merge, vision, vocabulary, features, width=width, layers=layers, **shape)
-        own = self.model.model.vision_tower.requires_grad_(variant.tuned)
+        own = self.model.model.vision_tower.requires_grad_(False)
         own.set_attn_implementation("eager")  # fastest to train
         if variant.pixels:
             own.load_state_dict(tower.state_dict())
+        self.changes = lowrank.begin(own, RANK) if variant.tuned else []
         if variant.merge in TAPS:
             made = [self.whitening(block) for block in features.unbind(1)]
             self.centre = torch.stack([centre for centre, _ in made])[:, None]
@@ -194,7 +197,7 @@ class LabTwin(Twin):
         words and keys of the image rows, which hold no stack yet; positions left out, softmax over the image rows, mean
         over words and heads. Its words are what stands before its first answer: nothing of an answer is used, and a
         second question gets the rows that the first one kept, as in a chat that goes on from its cache."""
-        llama = self.model.model.language_model
+        llama = self.language
         layer, heads = llama.layers[0], llama.config.num_attention_heads
         words = layer.self_attn.q_proj(layer.input_layernorm(llama.embed_tokens(asked.ids)))
         keys = layer.self_attn.k_proj(layer.input_layernorm(base))

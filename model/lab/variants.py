@@ -2,13 +2,16 @@
 
 The global view has 8 x 8 tokens, the high-resolution view 16 x 16, dealt out to four sets of 64 (`sets_of`). A new
 variant is one line of VARIANTS. Most read the last layer of the frozen vision tower, from a cache; those that tune the
-tower or look inside it (`pixels`) read the views and run it themselves (model/lab/sight.py). Knows nothing about
-training.
+tower or look inside it (`pixels`) read the views and run it themselves (model/lab/sight.py).
+
+The group "text" has no picture: its long text has 256 tokens, of which the last 64 are the short context, and the same
+samplings deal the whole out to four sets of 64 (`entering`). Knows nothing about training.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -22,6 +25,9 @@ GROUPS = ("what enters", "how it enters", "sampling", "where", "tower", "strengt
 LAST = -1  # as a start: after the last layer, where no answer can see it
 TAPPED = (1, 2, 3)  # blocks of the tower, of 0 to 4, that are tapped; its last is what all others read
 TAPS = ("taps", "taps-samples")  # the merges whose rows come from several blocks
+TEXTS = ("text-full", "text-truncated", "text-stack")  # the merges that read a long text and no picture
+LONG, SHORT = HIGH**2, LOW**2  # tokens of that text, and of its end that is the short context
+PARTS = 8  # of that text, by which recall is told
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,9 @@ class Variant:
     name: str
     group: str
     words: str  # what it is, one sentence
-    merge: str = "stack"  # how visual tokens enter: stack, none, string, global-string, concat, average, or of TAPS
-    rows: str = "high"  # what a stack holds: samples of the high-resolution view, or the global tokens ("global")
+    merge: str = "stack"  # how visual tokens enter: stack, none, string, global-string, concat, average, of TAPS, TEXTS
+    rows: str = "high"  # what a stack holds: samples of the high-resolution view, or the global tokens ("global"); of a
+    # text: samples of the whole, or the short context
     sampling: str = "2d"  # see families.deepstack_llava.sample
     consistent: bool = True  # False: the global view is fitted into three quarters of its height
     start: int = 1  # the layer before which the first stack is added, or LAST
@@ -44,7 +51,7 @@ class Variant:
     keep_all: float = 1.0  # share of the image rows that get every stack: those with most in the high-resolution view
     keep_some: float = 1.0  # share that gets at least the first half of the stacks
     keep_by: str = "norm"  # how rows are ranked: norm, random, question
-    tuned: bool = False  # the tower is trained, too
+    tuned: bool = False  # the tower is trained, too, by low-rank changes
     tower_start: int | None = None  # DeepStack-V: the tower layer before which the first stack enters the global view
     tapped: str = "earlier"  # what taps read: the blocks of TAPPED, or "last": each the last one's
 
@@ -56,6 +63,11 @@ class Variant:
     def pixels(self) -> bool:
         """Whether it reads the views themselves and not the frozen tower's features."""
         return self.tuned or self.tower_start is not None or self.merge in TAPS
+
+    @property
+    def reads(self) -> str:
+        """What its data are: "text", "views", or "features" of the frozen tower."""
+        return "text" if self.merge in TEXTS else "views" if self.pixels else "features"
 
     @property
     def taps(self) -> int:
@@ -108,20 +120,20 @@ _ALL = (
             merge="none", base_at=2),
     Variant("global-deeper-6", "where", "the global view alone, added before layer 6; zeros at the input",
             merge="none", base_at=6),
-    Variant("none-tuned", "tower", "the global view alone, the tower trained too, at a tenth of the rate", merge="none",
-            tuned=True),
-    Variant("deepstack-v-0", "tower", "the tower trained too; stacks of the high-resolution view's patch embeddings "
-            "enter it before its layers 0 to 3", merge="none", tuned=True, tower_start=0),
-    Variant("deepstack-v-1", "tower", "the tower trained too; stacks of what its first layer makes of the "
-            "high-resolution view enter it before its layers 1 to 4", merge="none", tuned=True, tower_start=1),
-    Variant("deepstack-v-2", "tower", "the tower trained too; stacks of what its first two layers make of the "
-            "high-resolution view enter it before its layers 2 to 4; one finds no layer", merge="none", tuned=True,
+    Variant("none-tuned", "tower", "the global view alone, the tower trained too, by changes of rank 8 to its "
+            "matrices", merge="none", tuned=True),
+    Variant("deepstack-v-0", "tower", "the tower trained as in none-tuned; stacks of the high-resolution view's patch "
+            "embeddings enter it before its layers 0 to 3", merge="none", tuned=True, tower_start=0),
+    Variant("deepstack-v-1", "tower", "the tower trained as in none-tuned; stacks of what its first layer makes of "
+            "the high-resolution view enter it before its layers 1 to 4", merge="none", tuned=True, tower_start=1),
+    Variant("deepstack-v-2", "tower", "the tower trained as in none-tuned; stacks of what its first two layers make of "
+            "the high-resolution view enter it before its layers 2 to 4; one finds no layer", merge="none", tuned=True,
             tower_start=2),
-    Variant("deepstack-v-3", "tower", "the tower trained too; stacks of what its first three layers make of the "
-            "high-resolution view enter it before its layers 3 and 4; two find no layer", merge="none", tuned=True,
-            tower_start=3),
-    Variant("deepstack-v-4", "tower", "the tower trained too; a stack of what its first four layers make of the "
-            "high-resolution view enters it before its last; three find no layer", merge="none", tuned=True,
+    Variant("deepstack-v-3", "tower", "the tower trained as in none-tuned; stacks of what its first three layers make "
+            "of the high-resolution view enter it before its layers 3 and 4; two find no layer", merge="none",
+            tuned=True, tower_start=3),
+    Variant("deepstack-v-4", "tower", "the tower trained as in none-tuned; a stack of what its first four layers make "
+            "of the high-resolution view enters it before its last; three find no layer", merge="none", tuned=True,
             tower_start=4),
     Variant("taps-0", "tower", "the high-resolution view alone, each 2 x 2 tokens merged into one, once, at the input",
             merge="taps", count=0),
@@ -139,6 +151,15 @@ _ALL = (
     Variant("gate", "strength", "a learned scalar per stack", gate="scalar"),
     Variant("gate-channel", "strength", "a learned gain per stack and channel", gate="channel"),
     Variant("layer-positions", "strength", "a learned embedding per stack and row", positions=True),
+    Variant("text-full", "text", "a long text of facts, all of its 256 tokens in the sequence", merge="text-full"),
+    Variant("text-truncated", "text", "its last 64 tokens alone", merge="text-truncated"),
+    Variant("text-stack-dilated", "text", "its last 64 tokens in the sequence; before layers 1 to 4 every fourth token "
+            "of the whole, so that the four tokens of a fact land on one row", merge="text-stack", sampling="1d"),
+    Variant("text-stack-chunks", "text", "its last 64 tokens in the sequence; before layers 1 to 4 one quarter of the "
+            "whole after another, so that four facts lie on the same rows", merge="text-stack",
+            sampling="1d-sequential"),
+    Variant("text-stack-dummy", "text", "its last 64 tokens in the sequence and again before layers 1 to 4: a control",
+            merge="text-stack", sampling="1d", rows="global"),
     Variant("budget-50", "budget", "every stack for a quarter of the rows, half of them for another, none for the "
             "rest; by the norm of their features", keep_all=0.25, keep_some=0.5),
     Variant("budget-25", "budget", "every stack for an eighth of the rows, half of them for another, none for the "
@@ -152,13 +173,32 @@ _ALL = (
             keep_all=0.125, keep_some=0.25, keep_by="question"),
 )  # fmt: skip
 VARIANTS = {variant.name: variant for variant in _ALL}
+PLACED = r"start-(\d+)-interval-(\d+)-count-(\d+)"  # names of what `placed` makes
 
 
 def variant_of(name: str) -> Variant:
-    """UserError unless there is one of this name."""
-    if name not in VARIANTS:
+    """That of the registry, or a `placed` one by its name. UserError unless there is one of this name."""
+    if name in VARIANTS:
+        return VARIANTS[name]
+    numbers = re.fullmatch(PLACED, name)
+    found = placed(*map(int, numbers.groups())) if numbers else None
+    if found is None or found.name != name:
         raise UserError(f"There is no lab variant {name!r}; there are {', '.join(VARIANTS)}.")
-    return VARIANTS[name]
+    return found
+
+
+def placed(start: int, interval: int, count: int) -> Variant | None:
+    """The reference with its stacks in other places: the one of the registry where there is one; None for numbers that
+    are none of a place or add no stack."""
+    if interval < 1 or not 1 <= count <= SETS or (count == 1 and interval > 1):
+        return None
+    of = "one stack" if count == 1 else f"{count} stacks"
+    every = f", every {interval} layers" if interval > 1 else ""
+    made = replace(
+        VARIANTS["stack-2d"], name=f"start-{start}-interval-{interval}-count-{count}", group="where",
+        words=f"{of} from layer {start} on{every}", start=start, interval=interval, count=count,
+    )  # fmt: skip
+    return next((known for known in VARIANTS.values() if known.config() == made.config()), made)
 
 
 def sets_of(sampling: str) -> torch.Tensor:
@@ -176,7 +216,7 @@ def first_layer(variant: Variant, layers: int) -> int:
 def layers_of(variant: Variant, layers: int) -> dict[int, int]:
     """Layer -> set (or tap), of a decoder of `layers` layers, as the paper's loop has it: those beyond the last layer
     are left out. A single-injection variant has none."""
-    if variant.merge not in ("stack", *TAPS):
+    if variant.merge not in ("stack", "text-stack", *TAPS):
         return {}
     places = {first_layer(variant, layers) + variant.interval * k: k for k in range(variant.count)}
     return {layer: k for layer, k in places.items() if layer < layers}
@@ -201,3 +241,29 @@ def landing(variant: Variant, layers: int) -> tuple[torch.Tensor, torch.Tensor, 
         for k in layers_of(variant, layers).values():
             where[sets[k]] = torch.arange(LOW**2)
     return where, below, LOW**2
+
+
+def entering(variant: Variant, layers: int) -> torch.Tensor:
+    """Which tokens of a long text enter: `[1 + stacks, rows]`, those of the input first, then those of each stack in
+    the order of its layers.
+
+    As in the paper a short view stands in the sequence and all of the long one is stacked onto it, its own part again
+    included. An image's short view is a smaller image of all of it; a text has no such thing, so that ours is its end,
+    which is what truncation leaves. Dilated, four neighbours land on one row, as with 2d samples of an image; a fact
+    has four tokens, and none is torn.
+    """
+    whole, end = torch.arange(LONG), torch.arange(LONG - SHORT, LONG)
+    if variant.merge == "text-full":
+        return whole[None]
+    taken = [*layers_of(variant, layers).values()]
+    stacks = end.expand(len(taken), -1) if variant.rows == "global" else sets_of(variant.sampling)[taken]
+    return torch.cat([end[None], stacks])
+
+
+def found_at(variant: Variant, layers: int) -> torch.Tensor:
+    """In which row of the decoder to look for each token of a long text, `[256]`: that of its stack if it has one; -1
+    for a token that does not enter."""
+    where = torch.full((LONG,), -1)
+    for tokens in entering(variant, layers):
+        where[tokens] = torch.arange(len(tokens))
+    return where

@@ -190,6 +190,11 @@ class Twin(nn.Module):
         self.lead = tokenizer("<|im_start|>user\n<|vision_start|>", add_special_tokens=False).input_ids
         self.closing = tokenizer("<|vision_end|>", add_special_tokens=False).input_ids
 
+    @property
+    def language(self) -> nn.Module:
+        """The decoder's layers and embeddings."""
+        return self.model.model.language_model
+
     def inject(self, features: torch.Tensor):
         """Features `[B, 4, 576, width]` to the base `[B, 144, d]` and stacks by layer: stack k before layer k + 1."""
         visual, batch = self.model.model.visual, len(features)
@@ -213,8 +218,7 @@ class Twin(nn.Module):
         base, stacks = self.inject(features)
         lead, closing = (torch.tensor(ids, device=features.device) for ids in (self.lead, self.closing))
         places = self.places(round(base.shape[1] ** 0.5))
-        language = self.model.model.language_model
-        result = packed.forward(language, lead, base, stacks, rows, WATCHED, INSPECTED, closing, places, dtype)
+        result = packed.forward(self.language, lead, base, stacks, rows, WATCHED, INSPECTED, closing, places, dtype)
         return None if rows is None else self.model.lm_head(result.hidden), result
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,6 @@ OUT_OF_SCOPE_SHARE = 0.03
 SECOND_TURN_SHARE = 0.08
 SAVE_EVERY = 200  # steps
 RATE = 3e-3  # of AdamW, for what is trained from nothing and is no matrix of the decoder
-GENTLE = 0.1  # of that rate: for what was trained before (the DeepStack paper tunes its tower at a tenth, too)
 WORDS = (  # words that single out a place: their embeddings are drawn towards the image rows they point at
     *(*COLOURS, *SHAPES, *scenes.ORDINALS, "last", "top", "bottom", "left", "right", "middle"),
     *(word.lower() for word in (*strings.FIELDS, *strings.ITEMS)),
@@ -306,6 +305,11 @@ class Twin(nn.Module):
     def projector(self) -> nn.Module:
         return self.model.model.multi_modal_projector
 
+    @property
+    def language(self) -> nn.Module:
+        """The decoder's layers and embeddings."""
+        return self.model.model.language_model
+
     @torch.no_grad()
     def fold(self) -> None:
         """Put the whitening into the projector's first layer: from now on the tower's own features enter."""
@@ -335,8 +339,7 @@ class Twin(nn.Module):
     ):
         """`forward` from what `inject` gives."""
         lead = torch.tensor(self.lead, device=base.device)
-        language = self.model.model.language_model
-        result = packed.forward(language, lead, base, stacks, rows, self.watched, self.inspected, dtype=dtype)
+        result = packed.forward(self.language, lead, base, stacks, rows, self.watched, self.inspected, dtype=dtype)
         return None if rows is None else self.model.lm_head(result.hidden), result
 
 
@@ -377,28 +380,27 @@ def fit(
     device: str | None = None,
     progress=None,
     log=print,
-    gentle: Iterable[nn.Parameter] = (),
+    until: int | None = None,
 ) -> nn.Module:
     """Train what needs a gradient in `twin`, called as a Twin is, in cycles of the rate that end after the steps
-    `ends`; resumable from out/last.pt. gentle: weights that were trained before, for which GENTLE holds.
+    `ends`; resumable from out/last.pt. until: the step after which it pauses, with a checkpoint; a later call goes on
+    as if it had not.
 
     The first steps ask nothing: with many scenes at once and no question tokens, image rows learn what they hold in a
     seventh of the steps that answers need for it. The decoder's layers run in bfloat16 where the machine is fast in it,
     around a residual stream in float32.
     """
     out.mkdir(parents=True, exist_ok=True)
-    llama = twin.model.model.language_model
+    llama = twin.language
     matrices = [p for p in llama.layers.parameters() if p.ndim == 2]
     accelerator = accelerator_for(device)
     dtype = compute_dtype(accelerator)
     twin.to(accelerator.device)
-    gentle = list(gentle)
-    chosen = {id(p) for p in (*matrices, *gentle)}
+    chosen = {id(p) for p in matrices}
     others = [p for p in twin.parameters() if p.requires_grad and id(p) not in chosen]
-    groups = [{"params": others}, {"params": gentle, "lr": GENTLE * RATE}]
     optimizers = [
         Muon(matrices, lr=rate, dtype=dtype),
-        torch.optim.AdamW([group for group in groups if group["params"]], lr=RATE, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.AdamW(others, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     counts = np.cumsum([0] + [len(b.items) for b, _ in data])
@@ -414,7 +416,8 @@ def fit(
             set_random_state(saved["random"])
     started, sums, since = time.time() - spent * 60, Counter(), 0
     steps, looks = ends[-1], looking_steps(ends)
-    for step in range(first, steps):
+    stop = steps if until is None else min(until, steps)
+    for step in range(first, stop):
         rng = np.random.default_rng([seed, step])  # the same scenes and questions for every variant
         order = rng.integers(counts[-1], size=LOOK_BATCH if step < looks else batch)
         shards = np.searchsorted(counts, order, side="right") - 1
@@ -441,7 +444,7 @@ def fit(
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         accelerator.backward(loss)
-        nn.utils.clip_grad_norm_([*others, *gentle], 1.0)
+        nn.utils.clip_grad_norm_(others, 1.0)
         for optimizer in optimizers:
             optimizer.step()
         if progress:
@@ -449,12 +452,12 @@ def fit(
         sums.update({name: value.item() for name, value in losses.items()})
         since += 1
         minutes = (time.time() - started) / 60
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == stop:
             values = {"twin": twin.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
             values |= {"step": step + 1, "minutes": minutes, "random": random_state()}
             torch.save(values, last.with_suffix(".new"))  # whoever is killed here goes on from the one before
             last.with_suffix(".new").replace(last)
-        if (step + 1) % 200 == 0 or step + 1 == steps:
+        if (step + 1) % 200 == 0 or step + 1 == stop:
             record = {"step": step + 1, "minutes": round(minutes, 2)}
             record |= {name: round(value / since, 4) for name, value in sums.items()}
             sums, since = Counter(), 0

@@ -59,6 +59,7 @@ def every(draw, **how) -> dict:
         "lab_variants": draw.lab_variants(lab_summary(), **how),
         "lab_axes": draw.lab_axes(lab_summary(), **how),
         "lab_budget": draw.lab_budget(lab_summary(), **how),
+        "lab_recall": draw.lab_recall(lab_summary(), **how),
         "lab_cost": draw.lab_cost(lab_summary(), **how),
         "loss_curve": draw.loss_curve({"hires": ([0, 10], [4.0, 0.1])}, **how),
     }

@@ -24,6 +24,7 @@ UNDER = {
     "lab_variants": "lab_variants",
     "lab_axes": "lab_axes",
     "lab_budget": "lab_budget",
+    "lab_recall": "lab_recall",
     "lab_cost": "lab_cost",
     "loss_curve": "loss",
 }
@@ -55,6 +56,7 @@ def test_one_short_sentence(view):
         ("compare", "an ablated model is not a baseline"),
         ("shapley", "off-distribution"),
         ("trained_vs_ablated", "never benefit"),
+        ("lab_recall", "256 tokens are no long context"),
         ("lab_variants", "signs can be compared, sizes not"),
     ],
 )

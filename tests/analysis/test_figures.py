@@ -174,7 +174,7 @@ def test_acuity_shows_its_intervals(light):
 
 def test_variants_stand_beside_the_paper_with_their_verdicts(light):
     fig, found = light["lab_variants"], drawn.lab_summary()
-    rows = [row.variant for row in found.rows]
+    rows = [row.variant for row in found.pictures]
     ours = {rows[y]: (x, up) for t in fig.data[:-1] for x, y, up in zip(t.x, t.y, t.error_x.array, strict=True)}
     mean = found.row("none").mean
     assert ours["none"] == (pytest.approx(100 * mean.value), pytest.approx(100 * (mean.high - mean.value)))
@@ -204,6 +204,14 @@ def test_the_budget_goes_from_none_to_every_row_by_each_ranking(light):
     assert list(by_norm.y) == pytest.approx([means[name] for name in ("none", "budget-25", "budget-50", "stack-2d")])
     assert by_chance.y[1] == pytest.approx(means["budget-50-random"])
     assert "circles by norm, squares by chance." in title(fig).replace("<br>", " ")
+
+
+def test_recall_goes_along_the_text_with_a_name_at_each_line(light):
+    fig = light["lab_recall"]
+    truncated = fig.data[1]
+    assert list(truncated.x) == [*range(1, 9)] and list(truncated.y) == pytest.approx([0] * 6 + [97] * 2)
+    assert {"<b>full</b>", "<b>truncated</b>", "<b>stack-dilated</b>"} <= {a.text for a in fig.layout.annotations}
+    assert "Rows of context: full 258, truncated 66, stack-dilated 66." in title(fig).replace("<br>", " ")
 
 
 def test_names_at_dots_do_not_lie_on_one_another(light):

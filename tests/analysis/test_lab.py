@@ -11,9 +11,11 @@ from analysis import lab
 from analysis.lab import Setting
 from model.errors import UserError
 from model.lab.scenes import TOWER
-from model.lab.variants import TAPPED
+from model.lab.variants import TAPPED, VARIANTS
 from tests import lab as made
 from tests.lab import line
+
+PARTLESS = {"fine": {"n": 5, "exact_match": 1}, "by_position": {"1": {"exact_match": 1}}}
 
 
 def runs(tmp_path, *lines):
@@ -53,6 +55,7 @@ def test_a_run_is_read_back(tmp_path):
         (json.dumps(line("none") | {"accuracy": {"fine": {"n": 5, "exact_match": math.nan}}}), "not a share"),
         (json.dumps(line("none") | {"accuracy": {"fine": {"exact_match": 0.1}}}), "fine lacks n or exact_match"),
         (json.dumps(line("none") | {"accuracy": {}}), "neither fine nor coarse"),
+        (json.dumps(line("text-full") | {"accuracy": PARTLESS}), "its accuracy for 1 lacks n"),
         (json.dumps(line("none") | {"cost": {"context": "long"}}), "its cost context is 'long'"),
     ],
 )
@@ -128,6 +131,7 @@ def test_signs_beside_the_papers(tmp_path):
         **{"start-last": "not in the paper", "layers-2": "agrees", "interval-2": "agrees"},
         **{"global-deeper": "not in the paper", "global-deeper-6": "agrees", "gate": "not in the paper"},
         **dict.fromkeys(("budget-50", "budget-25", "budget-50-random"), "not in the paper"),
+        **{"text-truncated": "reference", "text-full": "not in the paper", "text-stack-dilated": "not in the paper"},
     }
     assert "holds zero" in found.judge(found.row("concat")).why
     assert "below 1" in found.judge(found.row("string")).why  # 50.7 against 51.1 on average …
@@ -180,8 +184,34 @@ def test_the_tower_axis_is_a_share_of_each_towers_depth(tmp_path):
 
 
 def test_what_the_paper_says_is_said_of_variants_that_there_are():
-    assert set(lab.PAPER) <= set(lab.VARIANTS)
-    assert {paper.against for paper in lab.PAPER.values()} <= set(lab.VARIANTS)
+    assert set(lab.PAPER) <= set(VARIANTS)
+    assert {paper.against for paper in lab.PAPER.values()} <= set(VARIANTS)
+
+
+def test_texts_are_compared_with_each_other_and_drawn_apart(tmp_path):
+    found = summary(tmp_path)
+    names = ["text-full", "text-truncated", "text-stack-dilated"]
+    assert [row.variant for row in found.texts] == names and len(found.pictures) == len(found.rows) - 3
+    assert found.difference(found.row("text-full")).value == pytest.approx(0.95 - 0.24)
+    assert found.difference(found.row("text-truncated")) is None
+    alone = summary(tmp_path, line("text-full"), line("none"))
+    assert alone.difference(alone.row("text-full")) is None
+    rows = {row["variant"]: row for row in lab.table(runs(tmp_path)).records()}
+    assert rows["text-full"]["against"] == "text-truncated" and rows["none"]["against"] == "stack-2d"
+
+
+def test_recall_is_told_by_part_of_the_text(tmp_path):
+    found = summary(tmp_path)
+    recall = found.row("text-truncated").recall
+    assert [*recall] == [*range(1, 9)] and recall[1].value == 0 and recall[8].value == pytest.approx(0.97)
+    three = found.row("text-full").recall[4]
+    assert three == lab.mean_interval([0.95, 0.96, 0.94], 75)
+    records = lab.recall_table(found).records()
+    assert len(records) == 3 * 8 and records[0] == {
+        "variant": "text-full", "part": 1, "exact_match": pytest.approx(0.95),
+        "low_95": pytest.approx(three.low), "high_95": pytest.approx(three.high),
+    }  # fmt: skip
+    assert found.row("none").recall == {}
 
 
 def test_acuity_adds_the_questions_of_all_seeds(tmp_path):
@@ -217,6 +247,61 @@ def test_the_table_has_all_settings_and_both_scales(tmp_path):
     assert found[0]["context"] == 66 and found[0]["hours"] == 0.17
 
 
+# ---- searches
+
+
+def searches(tmp_path, *lines):
+    path = made.write(tmp_path / "assets" / "lab" / "search.jsonl", list(lines))
+    return lab.read_searches(path)
+
+
+WINNER = "start-2-interval-1-count-3"
+
+
+def test_a_search_is_read_back_with_who_went_on(tmp_path):
+    assert lab.read_searches(tmp_path / "none.jsonl") == []
+    (found,) = searches(tmp_path, made.search())
+    assert [(rung.step, rung.count, rung.kept) for rung in found.rungs] == [(500, 4, 2), (1000, 2, 1), (2000, 1, 1)]
+    assert found.rungs[0].rows[1:3] == [
+        ["stack-2d", 1, 1, 4, "70.0", "40.0", "kept"],
+        ["layers-1", 1, 1, 1, "60.0", "30.0", ""],
+    ]
+    assert found.command == "python -m app lab search --seeds 0 --budget 5000 --steps 2000"
+    for broken in ({"rungs": [{"step": 1}]}, {"winner": None, "budget": "much"}, {"config": []}):
+        with pytest.raises(UserError, match="search.jsonl, line 2, is no search"):
+            searches(tmp_path, made.search(), made.search(**broken))
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [
+        (0.80, f"{WINNER} beats the rule of thumb stack-2d: "),
+        (0.40, f"{WINNER} does not beat the rule of thumb stack-2d: "),
+        (0.61, "Undecided: "),
+    ],
+)
+def test_the_winner_meets_the_rule_on_test_scenes(tmp_path, share, said):
+    """Its run from the search's own seed was picked, so that the others speak for it."""
+    (found,) = searches(tmp_path, made.search())
+    rule = [line("stack-2d", seed=seed) for seed in (0, 1, 2)]
+    wins = [line(WINNER, 0.99 if seed == 0 else share, group="where", seed=seed) for seed in (0, 1, 2)]
+    told = lab.outcome(found, runs(tmp_path, *rule, *wins))
+    assert told.startswith(said) and told.endswith("(seeds 1 and 2 against 0, 1 and 2).")
+    gap = lab.difference_interval([share + 0.01, share - 0.01], [0.6, 0.61, 0.59], 600)
+    assert f"{100 * gap.value:+.1f} points of fine questions, {100 * gap.low:+.1f} to {100 * gap.high:+.1f}" in told
+    alone = lab.outcome(found, runs(tmp_path, rule[0], wins[0]))
+    assert "(seeds 0 against 0). Its only run is the one that the search picked" in alone
+
+
+def test_what_cannot_be_compared_is_said(tmp_path):
+    (found,) = searches(tmp_path, made.search())
+    assert lab.outcome(found, []) == f"Not compared yet: {WINNER} and stack-2d have no run on test scenes."
+    told = lab.outcome(found, runs(tmp_path, line("stack-2d"), line(WINNER, 0.5, group="where", steps=9)))
+    assert told == f"Not compared yet: {WINNER} has no run on test scenes."
+    (same,) = searches(tmp_path, made.search("stack-2d"))
+    assert lab.outcome(same, []).startswith("The search ended at the paper's rule of thumb, stack-2d")
+
+
 # ---- the paper's numbers
 
 
@@ -235,3 +320,4 @@ def test_every_row_of_the_paper_has_its_table_and_every_group_its_limits():
     assert set(lab.CANNOT_SAY) == set(lab.GROUPS)
     assert lab.PAPER["string"].difference("DocVQA") == 4.8 and lab.PAPER["global-deeper-6"].difference("AVG") is None
     assert lab.what("start-4") == "stacks before layers 4 to 7" and lab.what("new") == ""
+    assert lab.what("start-2-interval-2-count-3") == "3 stacks from layer 2 on, every 2 layers"

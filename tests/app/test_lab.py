@@ -50,6 +50,9 @@ def test_list_names_every_variant_with_its_runs(said, tmp_path):
         (["run", "none", "--steps", "0"], "--steps is 0"),
         (["run", "none", "--size", "huge"], "no lab size 'huge'"),
         (["list", "none"], "lab list takes no names, not none"),
+        (["search", "none"], "lab search takes no names, not none"),
+        (["search", "--budget", "2000"], "two candidates of 2,000 steps each need 2,500 steps"),
+        (["run", "start-9-interval-0-count-2"], "no lab variant 'start-9-interval-0-count-2'"),
         (["ship"], "lab ship needs names of variants"),
         (["ship", "none", "--seeds", "0,1"], "lab ship takes the model of one seed, not of 0,1"),
         (["ship", "start-last"], "start-last cannot be shipped"),
@@ -61,30 +64,60 @@ def test_mistakes_are_one_line(said, tmp_path, argv, words):
     assert code == 2 and out == "" and err.count("\n") == 1 and words in err
 
 
-def test_a_run_goes_through_ray_and_is_written_once(said, tmp_path, monkeypatch):
+def test_runs_go_through_ray_and_are_written_once(said, tmp_path, monkeypatch):
+    """One that reads features from the cache and one that runs the tower on pixels, side by side."""
     monkeypatch.setitem(lab.SIZES, "tiny", TINY)
     file = tmp_path / "results.jsonl"
-    argv = ["run", "none", "--size", "tiny", "--device", "cpu", "--results", str(file)]
+    argv = ["run", "none", "deepstack-v-3", "--size", "tiny", "--device", "cpu", "--results", str(file)]
     argv += ["--workdir", str(tmp_path / "work"), "--json"]
     code, out, err = said(*argv)
     assert code == 0, err
-    assert json.loads(out)["new"] == 1
-    (line,) = file.read_text().splitlines()
-    assert json.loads(line)["variant"] == "none" and [json.loads(line)] == json.loads(out)["runs"]
+    assert json.loads(out)["new"] == 2
+    lines = file.read_text().splitlines()
+    written = {json.loads(line)["variant"]: json.loads(line) for line in lines}
+    assert len(lines) == 2 and set(written) == {"none", "deepstack-v-3"}
+    assert sorted(json.loads(out)["runs"], key=str) == sorted(written.values(), key=str)
+    kinds = {path.name.split(".")[1] for path in (tmp_path / "work").rglob("train-*.pt")}
+    assert kinds == {"features", "views"}
     code, out, err = said(*argv)
-    assert code == 0 and json.loads(out)["new"] == 0 and [json.loads(line)] == json.loads(out)["runs"]
-    assert f"none 0 is in {file} already" in err
-    assert file.read_text().splitlines() == [line]
+    assert code == 0 and json.loads(out)["new"] == 0
+    assert f"none 0 is in {file} already" in err and f"deepstack-v-3 0 is in {file} already" in err
+    assert file.read_text().splitlines() == lines
+
+
+def test_a_search_spends_its_budget_and_meets_the_rule_of_thumb(said, tmp_path, monkeypatch):
+    """Two candidates, the better goes on; it and the rule are tested; a second call finds all done."""
+    monkeypatch.setitem(lab.SIZES, "tiny", TINY)
+    file = tmp_path / "results.jsonl"
+    argv = ["search", "--size", "tiny", "--steps", "4", "--budget", "5", "--device", "cpu", "--results", str(file)]
+    argv += ["--workdir", str(tmp_path / "work")]
+    code, out, err = said(*argv)
+    assert code == 0, err
+    (line,) = (tmp_path / "search.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert record["spent"] == 5 and [len(rung["ranking"]) for rung in record["rungs"]] == [2, 1, 1]
+    assert {each["variant"] for _, each in results.lines(file)} == {record["winner"], "stack-2d"}
+    assert "5 of 5 steps spent on 2 of 49 placings" in out and "at step 1:" in out and "stack-2d" in out
+    table = said("table", "--results", str(file))[1]
+    assert "search, tiny, 4 steps on cpu, seed 0: " in table and "at step" not in table
+    before = file.read_text()
+    code, out, err = said(*argv, "--json")
+    assert code == 0 and json.loads(out)["rungs"] == record["rungs"] and file.read_text() == before
+    assert len((tmp_path / "search.jsonl").read_text().splitlines()) == 1
 
 
 def test_the_table_stands_beside_the_papers_and_can_be_taken_away(said, tmp_path):
     file = made_up.write(tmp_path / "results.jsonl")
     code, out, _ = said("table", "--results", str(file), "--out", str(tmp_path / "taken"))
     assert code == 0 and out.startswith("2,000 steps on cpu: fine detail, exact match")
-    lines = {line.split()[0]: line.split() for line in out.splitlines() if line}
+    rows, told = out.split("What the paper claims:")
+    assert "contradicted: A sample should cover the whole image" in told
+    assert "    stack-2d above stack-grid: fails, -10.0 points" in told
+    lines = {line.split()[0]: line.split() for line in rows.splitlines() if line}
     assert lines["dummy"][:4] == ["dummy", "3", "11.0", "±"] and "agrees" in lines["dummy"] and "49.1" in lines["dummy"]
     names = {path.name for path in (tmp_path / "taken").rglob("*.*")}
-    assert {"lab-variants.csv", "lab-acuity.csv", "lab-axes.svg", "lab-cost.png"} <= names and len(names) == 12
+    assert {"lab-variants.csv", "lab-recall.csv", "lab-axes.svg", "lab-cost.png"} <= names and len(names) == 15
+    assert "text-truncated" in lines["text-full"]
     code, out, _ = said("table", "--results", str(file), "--metric", "coarse", "--json")
     (row,) = [row for row in json.loads(out) if row["variant"] == "string"]
     assert code == 0 and row["mean"] == pytest.approx(0.9) and row["context"] == 162

@@ -81,6 +81,9 @@ def shots(visitor: Visitor, out: Path, name: str, only: set[str]) -> None:
     settle(page)
     open_rail(page)
     shot("stacks")
+    tab(page, "Lab")
+    settle(page, 3)
+    shot("lab")
 
 
 def main() -> None:

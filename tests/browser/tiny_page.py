@@ -48,5 +48,6 @@ if __name__ == "__main__":
         write(Path(temporary))
         loading.CHECKPOINTS = Path(temporary)
         results.RESULTS = lab.write(Path(temporary) / "lab" / "results.jsonl")
+        results.SEARCHES = lab.write(Path(temporary) / "lab" / "search.jsonl", [lab.search()])
         slow_down(0.02)
         sys.exit(cli.main())

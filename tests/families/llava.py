@@ -1,4 +1,4 @@
-"""Entries of the LLaVA-shaped families: DeepStack-L, whose stacks transformers alone does not know."""
+"""Entries of the LLaVA-shaped families: DeepStack-L and DeepStack-V, whose stacks transformers alone does not know."""
 
 from __future__ import annotations
 
@@ -39,7 +39,22 @@ def forward(plain: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     return plain(**inputs).logits[0]
 
 
+def v_folder(path: Path) -> None:
+    """A folder whose stacks enter its vision tower, as the lab ships one."""
+    tiny.hires_folder(path, vision_layers=5, vit_start=1)
+
+
 ENTRIES = {
+    "deepstack_llava_v": Entry(
+        "deepstack_llava_v",
+        v_folder,
+        LlavaForConditionalGeneration,
+        inputs,
+        default="base@0,v0@v1,v1@v2,v2@v3,v3@v4",
+        pad_token="<pad>",
+        own_plan="base@0",
+        forward=forward,
+    ),
     "deepstack_llava": Entry(
         "deepstack_llava",
         tiny.hires_folder,

@@ -13,7 +13,7 @@ from model.families import families
 from model.families.qwen import Qwen
 from model.families.qwen2_vl import SingleQwen
 
-UNRELEASED = {"DeepStack-L", "DeepStack-V"}  # our own format; and no checkpoint of the paper's is known to be out
+UNRELEASED = {"DeepStack-L", "DeepStack-V", "DeepStack-V as released"}  # our own format; and none is known to be out
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 from dataclasses import replace
 
@@ -25,13 +26,14 @@ def results(tmp_path, monkeypatch):
     """Where the tab reads; nothing is there yet."""
     path = tmp_path / "assets" / "lab" / "results.jsonl"
     monkeypatch.setattr(reading, "RESULTS", path)
+    monkeypatch.setattr(reading, "SEARCHES", path.with_name("search.jsonl"))
     return path
 
 
 def test_without_results_the_commands_stand_there(desk, results):
     head, body, *rest = lab.results(desk, False, *CHOICES)
     assert "No results yet" in head and "app lab run stack-2d none dummy" in head.replace("&#45;", "-")
-    assert body.visible is False and rest[2] == "" and rest[3:] == [None] * 5
+    assert body.visible is False and rest[2] == "" and rest[3:] == [None] * 6 + [""]
     made.write(results, [])
     assert lab.results(desk, False, *CHOICES)[0] == head
     with pytest.raises(UserError, match="no results yet; run python -m app lab run stack-2d"):
@@ -48,9 +50,18 @@ def test_a_broken_line_is_said_on_the_page(desk, results):
 
 def test_all_views_of_a_full_file(desk, results):
     made.write(results)
-    head, body, setting, curves, table, *plots = lab.results(desk, True, *CHOICES)
-    assert body.visible and setting.value == "2,000 steps on cpu" and len(plots) == 5 and all(p.data for p in plots)
+    head, body, setting, curves, table, *plots, searched = lab.results(desk, True, *CHOICES)
+    assert (
+        searched == ""
+        and body.visible
+        and setting.value == "2,000 steps on cpu"
+        and len(plots) == 6
+        and all(p.data for p in plots)
+    )
     assert "<b>5</b> agree with the paper in sign, <b>1</b> disagree, <b>2</b> cannot decide" in head
+    told = html.unescape(head)
+    assert "✗ contradicted</span>" in told and "stack-2d above none: holds, +50.0 points" in told
+    assert "stack-2d above layers-1: not run" in told
     assert curves.value == ["stack-2d", "none", "dummy", "string", "concat"]
     for variant in made.MADE_UP:
         seeds = "0" if variant == "gate" else "0,1,2"
@@ -59,11 +70,40 @@ def test_all_views_of_a_full_file(desk, results):
     assert "global-string" in head.replace("&#45;", "-")  # of the paper, without a run of ours
 
 
+def test_text_variants_stand_in_the_table_and_in_a_figure_of_their_own(desk, results):
+    made.write(results)
+    table, variants, *_, recall, cost, _ = lab.results(desk, False, *CHOICES)[4:]
+    assert "against text-truncated" in table.replace("&#45;", "-") and "+71.0" in table
+    assert "text-full" not in variants.to_json() and "text-full" not in cost.to_json()
+    assert len(recall.data) == 3 and list(recall.data[1].x) == [*range(1, 9)] and recall.data[1].y[7] > 90
+    made.write(results, [line("text-full"), line("text-truncated")])
+    *_, table, variants, axes, acuity, budget, recall, cost, _ = lab.results(desk, False, *CHOICES)
+    assert recall.data and "+71.0" in table and [variants, axes, acuity, budget, cost] == [None] * 5
+    with pytest.raises(UserError, match="nothing to draw for “variants”"):
+        lab.take(desk, "variants", "png", *CHOICES)
+
+
+def test_a_search_is_told_with_its_rungs_and_what_came_of_it(desk, results):
+    made.write(results, [line("stack-2d"), line("start-2-interval-1-count-3", 0.8, group="where")])
+    made.write(results.with_name("search.jsonl"), [made.search()])
+    *_, table, _, _, _, _, _, _, told = lab.results(desk, False, *CHOICES)
+    told, table = html.unescape(told), html.unescape(table)
+    assert "beats the rule of thumb stack-2d: +20.0 points" in told and "4,000 of 5,000 training steps" in told
+    assert told.count("<tr>") == 3 + 4 + 2 + 1 and told.count("kept</td>") == 2 + 1 + 1
+    assert "python -m app lab search --seeds 0 --budget 5000 --steps 2000" in told
+    assert "3 stacks from layer 2 on" in table
+    tried = {"start": 1, "interval": 1, "count": 1, "characters": 1.0, "exact_match": 1.0}
+    rungs = [{"step": 9, "ranking": [{"variant": "<i>", **tried}]}]
+    made.write(results.with_name("search.jsonl"), [made.search() | {"winner": "<b>", "rungs": rungs}])
+    told = lab.results(desk, False, *CHOICES)[-1]
+    assert "Not compared yet" in told and "<b>" not in told and "<i>" not in told
+
+
 def test_choices_change_what_is_shown(desk, results):
     made.write(results, [*(line(name) for name in made.MADE_UP), line("none", steps=9), line("stack-2d", steps=9)])
     wide = lab.results(desk, False, "9 steps on cpu", "coarse", "DocVQA", "step_seconds", ["none", "gone"])
     assert wide[2].value == "9 steps on cpu" and wide[3].value == ["none"]
-    assert "31.7 (-7.0)" in wide[4] and "90.0" in wide[4] and "time of a training step" in wide[9].to_json()
+    assert "31.7 (-7.0)" in wide[4] and "90.0" in wide[4] and "time of a training step" in wide[10].to_json()
     assert wide[6] is not None and len(wide[7].data) == 1
     for wrong in (("7 steps", *CHOICES[1:]), ("", "beauty", "AVG", "context", None), ("", "fine", "AVG", "luck", None)):
         with pytest.raises(UserError, match="no runs of|no metric|no cost"):
@@ -102,6 +142,8 @@ def test_files_to_take_away(desk, results):
     with open(lab.take(desk, "variants", "csv", *CHOICES), encoding="utf-8") as file:
         rows = list(csv.DictReader(io.StringIO(file.read())))
     assert len(rows) == len(made.MADE_UP) and rows[1]["paper_score"] == "49.1"
+    with open(lab.take(desk, "recall", "csv", *CHOICES), encoding="utf-8") as file:
+        assert len([*csv.DictReader(io.StringIO(file.read()))]) == 3 * 8
     for wrong in (("soul", "png"), ("cost", "exe")):
         with pytest.raises(UserError, match="There is no “"):
             lab.take(desk, *wrong, *CHOICES)

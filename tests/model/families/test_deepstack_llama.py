@@ -88,6 +88,8 @@ def test_keys_that_a_released_config_leaves_out_are_the_codes_defaults(tmp_path)
         "tower": None,
         "plan": None,
         "tower_mark": None,
+        "tower_change": False,
+        "vit_start": None,
     }
 
 

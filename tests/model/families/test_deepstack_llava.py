@@ -267,7 +267,8 @@ def test_missing_settings_are_the_papers_defaults():
     config = AutoConfig.from_pretrained(tiny.folder("hires"))
     config.deepstack = {}
     said = {"merge": "stack", "num_crops": 4, "sampling": "2d", "start": 1, "interval": 1}
-    assert settings_of(config) == {**said, "plan": None, "tower": None, "tower_mark": None}
+    unset = dict.fromkeys(("plan", "tower", "tower_mark", "vit_start"))
+    assert settings_of(config) == {**said, **unset, "tower_change": False}
 
 
 def test_other_models_are_refused_with_the_supported_ones():

@@ -173,7 +173,8 @@ def test_a_left_padded_batch_of_transformers_is_our_single_runs(kind):
 def test_what_its_own_code_adds_is_the_rows_of_the_stacks(kind):
     """input(l) - output(l-1) of a model that we never touched: the stack's rows at the image, zero at text."""
     reference, prompt = plain(kind), prompt_of(kind, "two images")
-    features, plan = engine(kind).see(prompt).features, own_plan(kind)
+    plan = own_plan(kind)
+    features = engine(kind).see(prompt, plan).features
     seen, _ = watch(ENTRIES[kind].decoder(reference).layers)
     with torch.no_grad():
         ENTRIES[kind].forward(reference, inputs_of(kind, "two images"))

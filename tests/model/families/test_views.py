@@ -24,6 +24,7 @@ VIEWS = {
     "deepstack_llama": ([1], [4]),
     "deepstack_llama_hd": ([5], [20]),  # a global view and four tiles, each again twice as large
     "deepstack_v": ([1], [4, 1]),
+    "deepstack_llava_v": ([1], [4, 1]),
 }
 SEPARATE = pytest.mark.parametrize("kind", VIEWS)
 
@@ -81,7 +82,7 @@ def test_plans_at_once_need_the_union(kind):
         answers = loaded.answer_many(asked(loaded), plans, ONE)
     of_base, of_stacks = VIEWS[kind]
     # DeepStack-V's global view goes through its tower once for each way of what enters there.
-    assert sorted(seen) == sorted(of_base + of_stacks + of_base * (kind == "deepstack_v"))
+    assert sorted(seen) == sorted(of_base + of_stacks + of_base * kind.endswith("_v"))
     for answer, plan in zip(answers, plans, strict=True):
         alone = fresh(kind).answer(asked(loaded), plan, ONE)
         assert [token.id for token in answer.tokens] == [token.id for token in alone.tokens]

@@ -12,9 +12,12 @@ import torch
 from model.errors import UserError
 from model.lab import cost, results, scenes, sight
 from model.lab import run as lab
-from model.lab.variants import VARIANTS
+from model.lab.twin import RANK
+from model.lab.variants import TEXTS, VARIANTS
 from model.training import twins
 from tests.model.lab.lab_sizes import TINY, job, weights
+
+TOWER = "model.model.vision_tower."
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +40,14 @@ def test_every_variant_trains_two_steps_and_says_what_it_is(workdir, name):
     record = json.loads(json.dumps(lab.run(made, workdir, "cpu")))
     assert results.key_of(record) == made.key()
     assert record["group"] == VARIANTS[name].group and record["steps"] == 2 and record["device"] == "cpu"
-    accuracy = record["accuracy"]
+    accuracy, text = record["accuracy"], VARIANTS[name].merge in TEXTS
+    assert set(accuracy) == ({"fine", "by_position"} if text else {"fine", "coarse", "by_glyph_px"})
     assert set(accuracy["fine"]) == {"n", "exact_match", "characters", "first_character"}
-    assert accuracy["fine"]["n"] == sum(share["n"] for share in accuracy["by_glyph_px"].values()) > 0
-    assert accuracy["coarse"]["n"] > 0
-    assert record["cost"]["context"] == {"string": 258, "global-string": 322}.get(name, 66)
+    parts = accuracy["by_position" if text else "by_glyph_px"].values()
+    assert accuracy["fine"]["n"] == sum(share["n"] for share in parts) > 0
+    assert text or accuracy["coarse"]["n"] > 0
+    assert record["cost"]["context"] == {"string": 258, "global-string": 322, "text-full": 258}.get(name, 66)
+    assert (record["cost"].pop("tower_flops") > 0) == (not text)
     assert all(math.isfinite(value) and value > 0 for value in record["cost"].values())
     assert "gates" not in record or len(record["gates"]) == 4
 
@@ -58,16 +64,23 @@ def test_what_a_variant_learns_changes_in_training(workdir):
 
 
 def test_the_tower_changes_where_it_is_tuned_and_nowhere_else(workdir):
-    """At a tenth of the others' rate: AdamW's first steps are as large as its rate."""
-    frozen = {f"model.model.vision_tower.{name}": p for name, p in scenes.load_tower().tower.named_parameters()}
+    """Training changes the low-rank part of every matrix and nothing of the weights that it starts from."""
+    frozen = scenes.load_tower().tower.state_dict()
+    matrices = {name for name, value in frozen.items() if value.ndim == 2 and "layers" in name}
     for name in ("none-tuned", "deepstack-v-1", "taps-1"):
         lab.run(job(name), workdir, "cpu")
         kept = weights(job(name), workdir)["twin"]
-        moved = {label: (kept[label] - start).abs().max() for label, start in frozen.items()}
-        assert all((step > 0) == VARIANTS[name].tuned for label, step in moved.items() if "post_lay" not in label), name
-        if VARIANTS[name].tuned:
-            rates = twins.GENTLE * twins.RATE * sum(twins.rate_factor(step, (2,)) for step in range(2))
-            assert 0.5 < max(moved.values()) / rates < 1.5
+        tower = {label.removeprefix(TOWER): value for label, value in kept.items() if label.startswith(TOWER)}
+        tuned = VARIANTS[name].tuned
+        ups = {label.replace(".parametrizations", "").removesuffix(".0.up") for label in tower if label.endswith(".up")}
+        assert ups == (matrices if tuned else set())
+        for label, start in frozen.items():
+            if label in ups:
+                layer = label.removesuffix("weight") + "parametrizations.weight"
+                assert torch.equal(tower[f"{layer}.original"], start)
+                assert tower[f"{layer}.0.up"].shape == (len(start), RANK) and tower[f"{layer}.0.up"].any(), label
+            else:
+                assert torch.equal(tower[label], start), label
 
 
 def test_the_views_show_what_the_features_were_made_of(workdir):
@@ -109,7 +122,7 @@ def killer(at: int):
 
 # among the steps without questions, and after them; budgets by question draw by chance in the first ones
 KILLED = [("gate", 3), ("gate", 9), ("deepstack-v-3", 9), ("taps-samples", 9)]
-KILLED += [("budget-50-question", 3), ("budget-50-question", 9)]
+KILLED += [("budget-50-question", 3), ("budget-50-question", 9), ("text-stack-chunks", 3), ("text-full", 9)]
 
 
 @pytest.mark.parametrize("name, at", KILLED)
@@ -143,13 +156,16 @@ def test_variants_see_the_same_scenes_and_questions_in_the_same_order(workdir, m
         return found
 
     monkeypatch.setattr(twins.Questions, "rows", rows)
-    for name in ("stack-2d", "string", "none", "concat", "deepstack-v-1", "taps-1"):
-        lab.forget(job(name), workdir)
-        lab.run(job(name), workdir, "cpu")
-    first = asked.pop("stack-2d")
-    assert len(first) >= 2
-    for name, others in asked.items():
-        assert len(others) == len(first) and all(map(torch.equal, others, first)), name
+    groups = [("stack-2d", "string", "none", "concat", "deepstack-v-1", "taps-1")]
+    groups.append([variant.name for variant in VARIANTS.values() if variant.merge in TEXTS])
+    for first, *rest in groups:
+        for name in (first, *rest):
+            lab.forget(job(name), workdir)
+            lab.run(job(name), workdir, "cpu")
+        assert len(asked[first]) >= 2
+        for name in rest:
+            same = map(torch.equal, asked[name], asked[first])
+            assert len(asked[name]) == len(asked[first]) and all(same), name
 
 
 def test_records_are_written_once(tmp_path):
@@ -177,6 +193,13 @@ def test_a_run_is_another_where_anything_that_defines_it_differs():
     keys = {job("none").key(), job("dummy").key(), job("none", steps=3).key()}
     keys |= {lab.Job(VARIANTS["none"], TINY, 1, 2).key(), lab.Job(VARIANTS["none"], lab.SIZES["small"], 0, 2).key()}
     assert len(keys) == 5
+
+
+def test_runs_on_text_do_not_depend_on_pictures():
+    """What defines them has neither the tower nor the scenes; what defines the others has nothing of texts."""
+    text, other = job("text-full").config(), job("none").config()
+    assert {"tower", "side", "glyphs", "scenes_seeds"} == set(other) - set(text)
+    assert {"text", "fact", "spread", "texts_seeds"} == set(text) - set(other)
 
 
 def test_unknown_names_are_refused_with_what_there_is():

@@ -24,7 +24,7 @@ from tests.model.lab.lab_sizes import TINY, job
 
 SHIPPED = (
     *("stack-2d", "none", "dummy", "string", "global-string", "concat", "average", "stack-grid", "stack-1d"),
-    *("start-4", "start-6", "interval-2", "layers-2", "global-deeper", "gate"),
+    *("start-4", "start-6", "interval-2", "layers-2", "global-deeper", "gate", "none-tuned", "deepstack-v-2"),
 )
 CLOSE = 2e-2  # of a log-probability: weights in float16
 
@@ -46,6 +46,9 @@ def shipped(workdir, tmp_path_factory):
         twin = ship.trained(job(name), workdir)
         if name == "gate":  # two steps leave gates near 1
             twin.gates.data = torch.tensor([1.5, 0.5, -0.5, 2.0]).view_as(twin.gates)
+        generator = torch.Generator().manual_seed(0)
+        for change in twin.changes:  # and a tower as it was
+            change.data = 0.03 * torch.randn(change.shape, generator=generator)
         return twin
 
     def make(name):
@@ -62,9 +65,10 @@ def shipped(workdir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scene():
-    """The first test scene, and its features as a run reads them."""
+    """The first test scene, and what a run reads of it: features, or views."""
     made = scenes.make_scene(np.random.default_rng([scenes.TEST_SEED, 0]))
-    return made, scenes.encode(scenes.load_tower(), scenes.render(1, scenes.TEST_SEED)).float()
+    batch = scenes.render(1, scenes.TEST_SEED)
+    return made, scenes.encode(scenes.load_tower(), batch).float(), scenes.views_of(batch).float()
 
 
 def asked(scene, question=None):
@@ -96,11 +100,12 @@ def told(twin, features, question, ids, stacks=True):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_engine_answers_as_the_trained_twin(shipped, scene, name):
     """Two steps from nothing, written, loaded: the same tokens and log-probabilities, as trained and single."""
-    made, features = scene
+    made, features, views = scene
     twin, engine = shipped(name)
+    features = views if twin.variant.pixels else features
     prompt = engine.prompt(asked(made))
     plans = [engine.layout.default]
-    if engine.layout.stack_names:
+    if engine.layout.stack_names and not twin.variant.pixels:
         plans.append(Plan.parse("base@0"))
     for number, plan in enumerate(plans):
         answer = engine.answer(prompt, plan, Sampling(max_new_tokens=6))
@@ -128,7 +133,9 @@ def test_what_the_page_shows_of_it_fits_together(shipped, scene, name):
         probe = Probe(attention=(AttentionWish((2,), (prompt.input_ids.shape[1] - 1,)),))
         trace = engine.replay(prompt, answers[0], chosen[0], probe)
         assert np.isfinite(trace.residual_rms).all() and trace.grids == prompt.grids
-        assert engine.image_effect(prompt, answers[0], chosen[0]).shape[0] == len(engine.layout.sources)
+        assert engine.image_effect(prompt, answers[0], chosen[0]).shape[0] == len(
+            engine.layout.sources + engine.layout.tower
+        )
 
 
 def test_plans_and_views_of_the_shipped_variants(shipped, scene):
@@ -169,6 +176,20 @@ def test_a_shipped_folder_is_small_and_leaves_the_tower_where_it_is(shipped, tmp
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
+def test_a_tuned_tower_is_the_embedded_one_and_what_training_changed(shipped):
+    twin, engine = shipped("deepstack-v-2")
+    assert str(engine.layout.default) == "base@0,v0@v2,v1@v3,v2@v4"
+    assert "Its tower was read from embedded/hires and changed in training." in engine.adapter.note
+    start = scenes.load_tower().tower.state_dict()
+    wanted, found = twin.model.model.vision_tower, engine.model.model.vision_tower
+    moved = 0.0
+    for name, layer in found.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            torch.testing.assert_close(layer.weight, wanted.get_submodule(name).weight, atol=2e-5, rtol=0)
+            moved = max(moved, (layer.weight - start[f"{name}.weight"]).abs().max().item())
+    assert moved > 1e-3
+
+
 @pytest.mark.parametrize(
     "tower, mark, words",
     [
@@ -194,7 +215,6 @@ def test_another_tower_is_refused(shipped, tmp_path, tower, mark, words):
         ("budget-50", "has its keep_all, keep_some"),
         ("budget-50-question", "has its keep_all, keep_some, keep_by"),
         ("inconsistent-resize", "has its consistent"),
-        ("deepstack-v-3", "has its tuned, tower_start"),
         ("taps-3", "has its merge"),
         ("start-last", "added after the last layer"),
     ],
