@@ -22,7 +22,7 @@ import torch
 
 from analysis import attention, figures, norms
 from app import scaling
-from app.commands import introduce, load_from
+from app.commands import how, introduce, load_from
 from app.doctor import QUESTION, sign
 from app.output import Outcome, ProgressLine, table
 from model.engine import Engine
@@ -90,7 +90,7 @@ def build_from(shape: str, options: argparse.Namespace) -> Engine:
 
     progress = ProgressLine()
     try:
-        return shapes.build(shape, device=options.device, dtype=options.dtype, progress=progress.fraction)
+        return shapes.build(shape, **how(options), progress=progress.fraction)
     finally:
         progress.clear()
 
@@ -181,9 +181,8 @@ def page_start(options: argparse.Namespace) -> float:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "app", "--port", str(port), "--model", options.model]
-    for option in ("device", "dtype"):
-        if getattr(options, option):
-            command += [f"--{option}", getattr(options, option)]
+    for option, value in how(options).items():
+        command += [f"--{option}", value] if value else []
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ, text=True)
     try:

@@ -2,12 +2,13 @@
 
 One pre-hook per decoder layer does all injection, for every family: the family's own injection is never called. A pass
 is active only inside one prefill or replay call of one thread, so nothing has to be removed afterwards and concurrent
-requests cannot see one another. Knows nothing about families, tokens or images; not safe under torch.compile.
+requests cannot see one another. A compiled step (model/compiled.py) has no trace of the hooks in it. Knows nothing
+about families, tokens or images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,11 @@ from transformers.masking_utils import sdpa_mask
 
 from model.probe import Probe
 
-ATTENTION = "deepstack_lens"  # name of the attention function in transformers' registry
+ATTENTION = {  # how attention is computed -> our function's name in transformers' registry
+    "sdpa": "deepstack_lens",
+    "flash": "deepstack_lens_fa",  # a name with "flash" in it would get masks of another kind
+    "eager": "deepstack_lens_eager",
+}
 
 
 class Injection(NamedTuple):
@@ -92,6 +97,15 @@ class Pass:
 _ACTIVE: ContextVar[Pass | None] = ContextVar("deepstack_lens_pass", default=None)
 
 
+def _running() -> Pass | None:
+    """The pass of this thread; none while a decode step is compiled, in which nothing enters and nothing is recorded.
+
+    torch.compile cannot read a ContextVar; asked in this order it sees a constant, and the hooks leave no trace. Not
+    `torch.compiler.is_compiling`, which is true in every thread while one compiles: their stacks would be dropped.
+    """
+    return None if torch.compiler.is_dynamo_compiling() else _ACTIVE.get()
+
+
 @contextmanager
 def active(current: Pass) -> Iterator[Pass]:
     """Makes `current` the pass of this thread. Never yield to a caller inside: a generator may resume elsewhere."""
@@ -107,11 +121,11 @@ def install(decoder: nn.Module) -> list:
 
     Without an active pass each hook costs one ContextVar read and changes nothing.
     """
-    decoder.set_attn_implementation(ATTENTION)
+    decoder.set_attn_implementation(ATTENTION["sdpa"])
     handles = hook_layers(decoder.layers)
 
     def before_norm(module: nn.Module, args: tuple) -> None:
-        current = _ACTIVE.get()
+        current = _running()
         if current is not None and current.recorder is not None:
             current.recorder.final(args[0].to(current.positions.device))
 
@@ -125,7 +139,7 @@ def hook_layers(layers: Iterable[nn.Module]) -> list:
     for index, layer in enumerate(layers):
 
         def before(module: nn.Module, args: tuple, index: int = index):
-            current = _ACTIVE.get()
+            current = _running()
             if current is None or (current.recorder is None and index not in current.injections):
                 return None
             return (current.before_layer(index, args[0]), *args[1:])
@@ -134,17 +148,44 @@ def hook_layers(layers: Iterable[nn.Module]) -> list:
     return handles
 
 
-def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
-    """transformers' SDPA attention; a recording pass sees query and key as well."""
-    current = _ACTIVE.get()
-    if current is not None and current.recorder is not None:
-        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        current.recorder.attention(module.layer_idx, query, key, scaling, kwargs.get("sliding_window"))
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+def _flash(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
+    """The package flash-attn where nothing is masked: a prefill, a step alone. SDPA, which takes masks, elsewhere."""
+    if attention_mask is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    from flash_attn import flash_attn_func
+
+    rows = (states.transpose(1, 2) for states in (query, key, value))  # [B, T, H, hd], as it takes them
+    return flash_attn_func(*rows, softmax_scale=kwargs.get("scaling"), causal=query.shape[2] > 1), None
 
 
-AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+def _eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
+    """All scores at once, softmax in float32: slow, and as plain as it can be."""
+    scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    key, value = (repeat_kv(states, query.shape[1] // states.shape[1]) for states in (key, value))
+    seen = attention_mask
+    if seen is None:  # of the last `query.shape[2]` positions
+        lengths = query.shape[2], key.shape[2]
+        seen = torch.ones(lengths, dtype=torch.bool, device=query.device).tril(lengths[1] - lengths[0])
+    scores = (query @ key.transpose(2, 3) * scaling).float().masked_fill(~seen, -torch.inf)
+    return (scores.softmax(-1).to(query.dtype) @ value).transpose(1, 2).contiguous(), None
+
+
+def _recorded(attend: Callable) -> Callable:
+    """An attention function of transformers; a recording pass sees query and key as well."""
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
+        current = _running()
+        if current is not None and current.recorder is not None:
+            scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            current.recorder.attention(module.layer_idx, query, key, scaling, kwargs.get("sliding_window"))
+        return attend(module, query, key, value, attention_mask, **kwargs)
+
+    return attention
+
+
+for _way, _attend in {"sdpa": sdpa_attention_forward, "flash": _flash, "eager": _eager}.items():
+    AttentionInterface.register(ATTENTION[_way], _recorded(_attend))
+    AttentionMaskInterface.register(ATTENTION[_way], sdpa_mask)
 
 
 def rms(rows: Tensor) -> Tensor:
