@@ -21,7 +21,7 @@ from statistics import median
 import torch
 
 from analysis import attention, figures, norms
-from app import scaling
+from app import passes, scaling
 from app.commands import how, introduce, load_from
 from app.doctor import QUESTION, sign
 from app.output import Outcome, ProgressLine, table
@@ -44,6 +44,7 @@ def run(options: argparse.Namespace) -> Outcome:
     engine = build_from(drawn, options) if drawn else load_from(options.model, options)
     introduce(engine)
     seconds = measure(engine)
+    parts = passes.measure(engine)
     grown = scaling.measure(engine)
     page = None if drawn else page_start(options)
     data = {
@@ -57,6 +58,8 @@ def run(options: argparse.Namespace) -> Outcome:
         "seconds": {**seconds, "page_start": page},
         "ratios": ratios(seconds),
         "random_weights": bool(drawn),
+        "passes": parts,
+        "how": list(engine.reasons),
         "scaling": {**grown, "answer_tokens": scaling.TOKENS, "decode_alone": engine.together.why_not},
     }
     rows = [
@@ -75,6 +78,7 @@ def run(options: argparse.Namespace) -> Outcome:
     said = f"{title}, answers of up to {TOKENS} tokens\n{table(['what', 'figure'], rows)}"
     if engine.family == DeepStackLlava.name and engine.layout.stack_names:
         said += "\nPlain transformers sees the global view alone; the answers' vision tower sees the stacks' views too."
+    said += f"\n\n{passes.in_words(parts, engine.reasons[-1])}"
     more = f"Medians of {scaling.ROUNDS} rounds, answers of {scaling.TOKENS} tokens each.\n"
     more += scaling.tables(grown, engine.together.why_not)
     warning = f"{RANDOM}\n\n" if drawn else ""

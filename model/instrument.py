@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import NamedTuple, Protocol
 
 import torch
@@ -152,10 +153,9 @@ def _flash(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
     """The package flash-attn where nothing is masked: a prefill, a step alone. SDPA, which takes masks, elsewhere."""
     if attention_mask is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    from flash_attn import flash_attn_func
-
+    attend = import_module("flash_attn").flash_attn_func  # which nothing else needs
     rows = (states.transpose(1, 2) for states in (query, key, value))  # [B, T, H, hd], as it takes them
-    return flash_attn_func(*rows, softmax_scale=kwargs.get("scaling"), causal=query.shape[2] > 1), None
+    return attend(*rows, softmax_scale=kwargs.get("scaling"), causal=query.shape[2] > 1), None
 
 
 def _eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
