@@ -38,51 +38,59 @@ TOKENS = 8  # of the answers that are timed: a short answer
 PAGE_TIMEOUT = 120  # seconds
 
 
+TABLES = ("answer", "parts", *scaling.TABLES)  # what can be asked for alone
+
+
 def run(options: argparse.Namespace) -> Outcome:
-    """The table of one model on this machine."""
+    """The tables of one model on this machine."""
     drawn = options.random_weights
+    wanted = tuple(options.only or TABLES)
     engine = build_from(drawn, options) if drawn else load_from(options.model, options)
     introduce(engine)
-    seconds = measure(engine)
-    parts = passes.measure(engine)
-    grown = scaling.measure(engine)
-    page = None if drawn else page_start(options)
     data = {
         "model": engine.name,
         "device": str(engine.device),
         "dtype": str(engine.dtype).removeprefix("torch."),
         "machine": f"{platform.processor() or platform.machine()}, {engine.threads or torch.get_num_threads()} threads",
-        "rounds": ROUNDS,
-        "answer_tokens": TOKENS,
-        "memory_bytes": engine.memory_bytes,
-        "seconds": {**seconds, "page_start": page},
-        "ratios": ratios(seconds),
-        "random_weights": bool(drawn),
-        "passes": parts,
         "how": list(engine.reasons),
-        "scaling": {**grown, "answer_tokens": scaling.TOKENS, "decode_alone": engine.together.why_not},
+        "random_weights": bool(drawn),
     }
+    said = [RANDOM] if drawn else []
+    said.append(f"{engine.name} on {data['device']} ({data['machine']}), {data['dtype']}")
+    if "answer" in wanted:
+        seconds = measure(engine)
+        page = None if drawn else page_start(options)
+        data |= {"rounds": ROUNDS, "answer_tokens": TOKENS, "memory_bytes": engine.memory_bytes}
+        data |= {"seconds": {**seconds, "page_start": page}, "ratios": ratios(seconds)}
+        said.append(_answer_in_words(engine, data))
+    if "parts" in wanted:
+        data["parts"] = passes.measure(engine)
+        said.append(passes.in_words(data["parts"], engine.reasons[-1]))
+    if grown := scaling.measure(engine, wanted):
+        data["scaling"] = {**grown, "answer_tokens": scaling.TOKENS, "decode_alone": engine.together.why_not}
+        said.append(f"Medians of {scaling.ROUNDS} rounds, answers of {scaling.TOKENS} tokens each.")
+        said.append(scaling.tables(grown, engine.together.why_not))
+    return Outcome(data, "\n\n".join(said))
+
+
+def _answer_in_words(engine: Engine, data: dict) -> str:
+    """The table of short answers."""
+    seconds, page = data["seconds"], data["seconds"]["page_start"]
     rows = [
         ["a short answer, warm, picture not seen before", f"{seconds['answer']:.3f} s"],
         ["a toggle: new answer and new figures, picture seen", f"{seconds['toggle']:.3f} s"],
-        *([] if drawn else [["the page, from the command to the first byte", f"{page:.1f} s"]]),
+        *([] if page is None else [["the page, from the command to the first byte", f"{page:.1f} s"]]),
         ["memory held", gigabytes(engine.memory_bytes)],
         *[
             [words, "-" if data["ratios"][key] is None else f"{data['ratios'][key]:.2f}"]
             for key, words in RATIOS.items()
         ],
     ]
-    title = (
-        f"{engine.name} on {data['device']} ({data['machine']}), {data['dtype']}: medians of {ROUNDS} rounds in turn"
-    )
-    said = f"{title}, answers of up to {TOKENS} tokens\n{table(['what', 'figure'], rows)}"
+    title = f"Short answers, medians of {ROUNDS} rounds in turn, of up to {TOKENS} tokens:"
+    said = f"{title}\n{table(['what', 'figure'], rows)}"
     if engine.family == DeepStackLlava.name and engine.layout.stack_names:
         said += "\nPlain transformers sees the global view alone; the answers' vision tower sees the stacks' views too."
-    said += f"\n\n{passes.in_words(parts, engine.reasons[-1])}"
-    more = f"Medians of {scaling.ROUNDS} rounds, answers of {scaling.TOKENS} tokens each.\n"
-    more += scaling.tables(grown, engine.together.why_not)
-    warning = f"{RANDOM}\n\n" if drawn else ""
-    return Outcome(data, f"{warning}{said}\n\n{more}")
+    return said
 
 
 RANDOM = "Random weights in the true shape: speeds and memory are real, answers are not."

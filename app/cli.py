@@ -255,6 +255,10 @@ def _bench_arguments(parser: Parser) -> None:
         help="instead of a model: the true shape of Qwen3-VL-2B, Qwen3-VL-8B, Granite-4-Vision or DeepStack-L-7B (or "
         "tiny, to try it) with random weights; speeds are real, answers are not",
     )  # fmt: skip
+    parser.add_argument(
+        "--only", action="append", choices=("answer", "parts", "clients", "images", "plans"), metavar="TABLE",
+        help="answer, parts, clients, images or plans: this table alone; may be given several times (default: all)",
+    )  # fmt: skip
     _check_arguments(parser)
 
 
