@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -149,10 +150,20 @@ def hook_layers(layers: Iterable[nn.Module]) -> list:
     return handles
 
 
+def _sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
+    """transformers' SDPA attention; in a compiled step without its copies of keys and values for groups of heads."""
+    groups = query.shape[1] // key.shape[1]
+    if groups == 1 or query.shape[2] > 1 or not torch.compiler.is_dynamo_compiling():
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    packed = query.reshape(query.shape[0], key.shape[1], groups, query.shape[3])  # a group's heads as its rows
+    out = scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling"))
+    return out.reshape(query.shape[0], 1, query.shape[1], value.shape[3]), None
+
+
 def _flash(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
     """The package flash-attn where nothing is masked: a prefill, a step alone. SDPA, which takes masks, elsewhere."""
     if attention_mask is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return _sdpa(module, query, key, value, attention_mask, **kwargs)
     attend = import_module("flash_attn").flash_attn_func  # which nothing else needs
     rows = (states.transpose(1, 2) for states in (query, key, value))  # [B, T, H, hd], as it takes them
     return attend(*rows, softmax_scale=kwargs.get("scaling"), causal=query.shape[2] > 1), None
@@ -183,7 +194,7 @@ def _recorded(attend: Callable) -> Callable:
     return attention
 
 
-for _way, _attend in {"sdpa": sdpa_attention_forward, "flash": _flash, "eager": _eager}.items():
+for _way, _attend in {"sdpa": _sdpa, "flash": _flash, "eager": _eager}.items():
     AttentionInterface.register(ATTENTION[_way], _recorded(_attend))
     AttentionMaskInterface.register(ATTENTION[_way], sdpa_mask)
 

@@ -24,7 +24,7 @@ from model.types import Sampling
 from tests import families, tiny
 from tests.families import ENTRIES
 
-TOLERANCE = 5e-6  # nats, float32: the attention of a buffer with empty places adds up in another order
+TOLERANCE = 1e-5  # nats, float32: a buffer with empty places, and heads in groups, add up in another order
 PLANS = [Plan.parse(t) for t in ("base@0,0@1,1@2,2@3", "base@0", "base@0,0@2*3")]
 PLAIN = {  # families that decode plainly, and why
     "cohere_compass": "a sliding window",
