@@ -65,11 +65,11 @@ def _hardware(parser: Parser, brief: bool = False) -> None:
         "GPU, else float32)",
     )
     parser.add_argument(
-        "--attention", metavar="A",
+        "--attention", choices=("auto", "sdpa", "flash", "eager"), metavar="A",
         help="sdpa, flash with the package flash-attn, or eager (default: sdpa, which has flash kernels of its own)",
     )  # fmt: skip
     parser.add_argument(
-        "--decode", metavar="W",
+        "--decode", choices=("auto", "plain", "compiled"), metavar="W",
         help="plain or compiled (default: plain)" if brief else
         "plain or compiled (default: compiled on a GPU where the model allows it, else plain)",
     )  # fmt: skip

@@ -22,7 +22,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import DynamicCache, StaticCache
 
 from model.errors import UserError, is_out_of_memory
-from model.loading import free_memory
+from model.loading import check_decode, free_memory
 
 if TYPE_CHECKING:
     from model.engine import Engine
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 SHORTEST = 1024  # positions of the smallest seat; the next ones double
 SEATS = 4  # at a time: on a GPU each has a CUDA graph of its own
 ROWS = 16  # of the widest seat: answers of one request
-WAYS = ("auto", "plain", "compiled")
 CANNOT = (TorchDynamoException, FailOnRecompileLimitHit)  # what torch.compile raises where it cannot
 
 
@@ -227,8 +226,7 @@ def choose_decode(wanted: str | None, engine: Engine, brief: bool = False) -> tu
 
     brief: a few answers are all that will be asked for.
     """
-    if wanted not in (None, *WAYS):
-        raise UserError(f"The way to decode “{wanted}” is not known; use one of {', '.join(WAYS)}.")
+    check_decode(wanted)
     if wanted == "plain":
         return False, "plain decoding: asked for"
     hindrance = why_plain(engine)

@@ -321,6 +321,7 @@ def _devices() -> str:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTISED = {"int8": 1.1, "nf4": 0.7}  # by bitsandbytes -> bytes of a weight, a little more than of its own
+DECODE = ("auto", "plain", "compiled")
 DTYPES_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -386,6 +387,12 @@ def choose_attention(wanted: str | None, device: torch.device, dtype: torch.dtyp
     return wanted, f"{wanted} attention: asked for" + ("; slow, all scores at once" if wanted == "eager" else "")
 
 
+def check_decode(wanted: str | None) -> None:
+    """UserError for a way to decode that there is not."""
+    if wanted not in (None, *DECODE):
+        raise UserError(f"The way to decode “{wanted}” is not known; use one of {', '.join(DECODE)}.")
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on this device; on a GPU also what torch holds there and does not use."""
     if device.type != "cuda":
@@ -443,6 +450,8 @@ def load(
         number, why_dtype = choose_dtype(dtype, chosen, parameters)
         per_weight = number.itemsize
     check_memory(parameters * per_weight, chosen, name, split=device == SPLIT)
+    choose_attention(attention, chosen, number)  # what cannot be had is said before the weights are read
+    check_decode(decode)
     if progress:
         progress(0.9, f"loading the weights of {name}")
     try:

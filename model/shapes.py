@@ -30,7 +30,15 @@ from model.engine import Engine
 from model.errors import UserError
 from model.families import detect
 from model.families.deepstack_llama import read_tower
-from model.loading import Progress, check_memory, choose_device, choose_dtype, make_ready
+from model.loading import (
+    Progress,
+    check_decode,
+    check_memory,
+    choose_attention,
+    choose_device,
+    choose_dtype,
+    make_ready,
+)
 
 TEMPLATE = """{%- for message in messages %}
     {{- message.role + ': ' }}
@@ -145,6 +153,8 @@ def build(
     where, why_device = choose_device(device)
     number, why_dtype = choose_dtype(dtype, where, parameters)
     check_memory(parameters * number.itemsize, where, name)
+    choose_attention(attention, where, number)
+    check_decode(decode)
     if progress:
         progress(0.5, f"drawing {parameters:,} weights of {name}")
     tokenizer = _tokenizer(shape.placeholder)

@@ -289,11 +289,15 @@ def test_small_models_compute_with_one_thread_and_leave_the_callers_number_alone
 
 def test_the_zoo_loads_each_model_once_however_many_ask():
     name = str(tiny.folder("hires"))
-    zoo = Zoo([name, str(tiny.folder("qwen")), name])
+    zoo = Zoo([name, str(tiny.folder("qwen")), name], device="cpu", attention="eager", decode="plain")
     assert zoo.offered == (name, str(tiny.folder("qwen"))) and zoo.default == name and zoo.loaded() == []
     with ThreadPoolExecutor(8) as pool:
         engines = list(pool.map(lambda _: zoo.get(name), range(8)))
     assert len({id(engine) for engine in engines}) == 1
+    assert engines[0].reasons[-2:] == (
+        "eager attention: asked for; slow, all scores at once",
+        "plain decoding: asked for",
+    )
     [(loaded, held, device)] = zoo.loaded()
     assert (loaded, device) == (name, "cpu") and held == engines[0].memory_bytes
 
