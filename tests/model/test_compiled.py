@@ -416,3 +416,31 @@ def test_machine_code_decodes_to_the_same_tokens():
     assert engine.reasons[-1] == "compiled decoding: asked for"
     for plan in PLANS[:2]:
         same(engine.answer(prompt, plan, sampling), plain.answer(prompt, plan, sampling))
+
+
+def test_nothing_grows(pair):
+    """150 requests more, of changing images, plans and lengths, every fifth given up: as many bytes in tensors."""
+
+    def held() -> int:
+        gc.collect()
+        found = {}
+        for thing in gc.get_objects():
+            if type(thing) is torch.Tensor or type(thing) is torch.nn.Parameter:
+                found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+        return sum(found.values())
+
+    def ask(numbers):
+        for i in numbers:
+            plan = Plan.parse(f"base@0,{i % 2}@{1 + i % 3}*{1 + i / 100}")
+            prompt = pair.prompt(i % 7, "What?" * (1 + i % 5))
+            with pair.engine.stream(prompt, plan, Sampling(max_new_tokens=2 + i % 3, seed=i)) as stream:
+                next(stream), next(stream, None)
+                if i % 5:
+                    list(stream)
+
+    pair.engine.forget()
+    ask(range(30))
+    before, programs = held(), pair.count.programs
+    ask(range(30, 180))
+    assert held() - before < 64_000 and pair.count.programs == programs  # less than one request's keys and values
+    assert len(pair.engine.compiled._all) == len(pair.engine.compiled._free) == 1
