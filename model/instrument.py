@@ -8,7 +8,7 @@ about families, tokens or images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -206,7 +206,10 @@ def rms(rows: Tensor) -> Tensor:
 
 @dataclass
 class TraceRecorder:
-    """Records one batch row (B = 1) of a full pass over prompt and answer, as a Probe asks."""
+    """Records one batch row (B = 1) of a full pass over prompt and answer, as a Probe asks.
+
+    All stays on the model's device until the pass is over: a copy in the middle of it would wait for the device.
+    """
 
     probe: Probe
     positions: Tensor  # int64 [N] image rows
@@ -219,10 +222,11 @@ class TraceRecorder:
     cosine: list[Tensor] = field(default_factory=list)  # [N] per layer
     hidden: dict[int, Tensor] = field(default_factory=dict)  # [rows, d]
     rows: dict[int, Tensor] = field(default_factory=dict)  # [H, Q, T] attention
+    _unseen: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict)  # query positions, what they do not see
 
     def layer_input(self, layer: int, before: Tensor, injected: dict[str, Tensor], after: Tensor) -> None:
         if layer in self.probe.hidden:
-            self.hidden[layer] = after[0, self.hidden_positions].float().cpu()
+            self.hidden[layer] = after[0, self.hidden_positions].float()
         if not self.probe.norms:
             return
         self.before.append(rms(before[0]))
@@ -243,28 +247,34 @@ class TraceRecorder:
 
     def final(self, hidden: Tensor) -> None:
         if self.n_layers in self.probe.hidden:
-            self.hidden[self.n_layers] = hidden[0, self.hidden_positions].float().cpu()
+            self.hidden[self.n_layers] = hidden[0, self.hidden_positions].float()
         if self.probe.norms:
             self.residual.append(rms(hidden[0]))
 
     def attention(self, layer: int, query: Tensor, key: Tensor, scaling: float, window: int | None) -> None:
         wanted = self.probe.attention_rows(layer)
-        if wanted:
-            self.rows[layer] = attention_rows(query, key, scaling, wanted, window)[0].cpu()
+        if not wanted:
+            return
+        place = (wanted, window, key.device)
+        if place not in self._unseen:  # the same for most layers
+            at = torch.tensor(wanted, device=key.device)
+            self._unseen[place] = at, unseen(at, key.shape[2], window)
+        self.rows[layer] = attention_rows(query, key, scaling, *self._unseen[place])[0]
 
 
-def attention_rows(
-    query: Tensor, key: Tensor, scaling: float, positions: Sequence[int], window: int | None = None
-) -> Tensor:
-    """Causal softmax rows float32 [B, H, Q, T] of the queries at `positions`, for a pass without cache.
+def unseen(at: Tensor, length: int, window: int | None = None) -> Tensor:
+    """bool [Q, T]: keys after the queries at these positions, or `window` and more before them."""
+    ahead = torch.arange(length, device=at.device) - at[:, None]
+    return ahead > 0 if window is None else (ahead > 0) | (ahead <= -window)
 
-    query [B, H, T, hd], key [B, H_kv, T, hd]; keys after a query, or `window` and more before it, get exactly 0.
+
+def attention_rows(query: Tensor, key: Tensor, scaling: float, at: Tensor, hidden: Tensor) -> Tensor:
+    """Causal softmax rows float32 [B, H, Q, T] of the queries at these positions, for a pass without cache.
+
+    query [B, H, T, hd], key [B, H_kv, T, hd]; what is `hidden` (bool [Q, T]) gets exactly 0.
     """
-    at = torch.tensor(positions, device=query.device)
     key = repeat_kv(key, query.shape[1] // key.shape[1])
     scores = (query[:, :, at] @ key.transpose(2, 3)) * scaling  # [B, H, Q, T]
-    ahead = torch.arange(key.shape[2], device=query.device) - at[:, None]  # [Q, T]
-    hidden = ahead > 0 if window is None else (ahead > 0) | (ahead <= -window)
     return scores.float().masked_fill(hidden, -torch.inf).softmax(-1)
 
 
