@@ -21,9 +21,9 @@ from statistics import median
 import torch
 
 from analysis import attention, figures, norms
-from app import scaling
-from app.commands import introduce, load_from
-from app.doctor import QUESTION, sign
+from app import passes, scaling
+from app.commands import how, introduce, load_from
+from app.doctor import QUESTION, picture
 from app.output import Outcome, ProgressLine, table
 from model.engine import Engine
 from model.errors import UserError
@@ -35,47 +35,56 @@ from model.types import Sampling
 ROUNDS = 7
 TOKENS = 8  # of the answers that are timed: a short answer
 PAGE_TIMEOUT = 120  # seconds
+TABLES = ("answer", "parts", *scaling.TABLES)  # what can be asked for alone
 
 
 def run(options: argparse.Namespace) -> Outcome:
-    """The table of one model on this machine."""
+    """The tables of one model on this machine."""
     drawn = options.random_weights
+    wanted = tuple(options.only or TABLES)
     engine = build_from(drawn, options) if drawn else load_from(options.model, options)
     introduce(engine)
-    seconds = measure(engine)
-    grown = scaling.measure(engine)
-    page = None if drawn else page_start(options)
     data = {
         "model": engine.name,
         "device": str(engine.device),
         "dtype": str(engine.dtype).removeprefix("torch."),
         "machine": f"{platform.processor() or platform.machine()}, {engine.threads or torch.get_num_threads()} threads",
-        "rounds": ROUNDS,
-        "answer_tokens": TOKENS,
-        "memory_bytes": engine.memory_bytes,
-        "seconds": {**seconds, "page_start": page},
-        "ratios": ratios(seconds),
+        "how": list(engine.reasons),
         "random_weights": bool(drawn),
-        "scaling": {**grown, "answer_tokens": scaling.TOKENS, "decode_alone": engine.together.why_not},
     }
+    said = [RANDOM] if drawn else []
+    said.append(f"{engine.name} on {data['device']} ({data['machine']}), {data['dtype']}")
+    if "answer" in wanted:
+        seconds = measure(engine)
+        page = None if drawn else page_start(options)
+        data |= {"rounds": ROUNDS, "answer_tokens": TOKENS, "memory_bytes": engine.memory_bytes}
+        data |= {"seconds": {**seconds, "page_start": page}, "ratios": ratios(seconds)}
+        said.append(_answer_in_words(engine, data))
+    if "parts" in wanted:
+        data["parts"] = passes.measure(engine)
+        said.append(passes.in_words(data["parts"], engine.reasons[-1]))
+    if grown := scaling.measure(engine, wanted):
+        data["scaling"] = {**grown, "answer_tokens": scaling.TOKENS, "decode_alone": engine.together.why_not}
+        said.append(f"Medians of {scaling.ROUNDS} rounds, answers of {scaling.TOKENS} tokens each.")
+        said.append(scaling.tables(grown, engine.together.why_not))
+    return Outcome(data, "\n\n".join(said))
+
+
+def _answer_in_words(engine: Engine, data: dict) -> str:
+    """The table of short answers."""
+    seconds, page = data["seconds"], data["seconds"]["page_start"]
     rows = [
         ["a short answer, warm, picture not seen before", f"{seconds['answer']:.3f} s"],
         ["a toggle: new answer and new figures, picture seen", f"{seconds['toggle']:.3f} s"],
-        *([] if drawn else [["the page, from the command to the first byte", f"{page:.1f} s"]]),
+        *([] if page is None else [["the page, from the command to the first byte", f"{page:.1f} s"]]),
         ["memory held", gigabytes(engine.memory_bytes)],
         *[
             [words, "-" if data["ratios"][key] is None else f"{data['ratios'][key]:.2f}"]
             for key, words in RATIOS.items()
         ],
     ]
-    title = (
-        f"{engine.name} on {data['device']} ({data['machine']}), {data['dtype']}: medians of {ROUNDS} rounds in turn"
-    )
-    said = f"{title}, answers of up to {TOKENS} tokens\n{table(['what', 'figure'], rows)}"
-    more = f"Medians of {scaling.ROUNDS} rounds, answers of {scaling.TOKENS} tokens each.\n"
-    more += scaling.tables(grown, engine.together.why_not)
-    warning = f"{RANDOM}\n\n" if drawn else ""
-    return Outcome(data, f"{warning}{said}\n\n{more}")
+    title = f"Short answers, medians of {ROUNDS} rounds in turn, of up to {TOKENS} tokens:"
+    return f"{title}\n{table(['what', 'figure'], rows)}"
 
 
 RANDOM = "Random weights in the true shape: speeds and memory are real, answers are not."
@@ -87,7 +96,7 @@ def build_from(shape: str, options: argparse.Namespace) -> Engine:
 
     progress = ProgressLine()
     try:
-        return shapes.build(shape, device=options.device, dtype=options.dtype, progress=progress.fraction)
+        return shapes.build(shape, **how(options), progress=progress.fraction)
     finally:
         progress.clear()
 
@@ -116,7 +125,7 @@ def ratios(seconds: dict[str, float]) -> dict[str, float | None]:
 def measure(engine: Engine) -> dict[str, float]:
     """Median seconds of each thing, all of them in turn, after one round that is not counted."""
     prompt = engine.prompt(
-        [{"role": "user", "content": [{"type": "image", "image": sign()}, {"type": "text", "text": QUESTION}]}]
+        [{"role": "user", "content": [{"type": "image", "image": picture(engine)}, {"type": "text", "text": QUESTION}]}]
     )
     plan, sampling = engine.layout.default, Sampling(max_new_tokens=TOKENS)
     stacks = [name for name in plan.sources() if name != BASE]
@@ -178,9 +187,8 @@ def page_start(options: argparse.Namespace) -> float:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "app", "--port", str(port), "--model", options.model]
-    for option in ("device", "dtype"):
-        if getattr(options, option):
-            command += [f"--{option}", getattr(options, option)]
+    for option, value in how(options).items():
+        command += [f"--{option}", value] if value else []
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ, text=True)
     try:

@@ -46,12 +46,13 @@ class Command:
     run: str  # "module:function", imported when it is run; takes the options, returns an Outcome
 
 
-def _model(parser: Parser) -> None:
+def _model(parser: Parser, brief: bool = False) -> None:
     parser.add_argument("--model", "-m", default="embedded", metavar="NAME", help=f"{MODEL_HELP} (default embedded)")
-    _hardware(parser)
+    _hardware(parser, brief)
 
 
-def _hardware(parser: Parser) -> None:
+def _hardware(parser: Parser, brief: bool = False) -> None:
+    """Where and how a model runs. brief: a few answers are all that this command asks for."""
     parser.add_argument(
         "--device",
         metavar="D",
@@ -63,6 +64,16 @@ def _hardware(parser: Parser) -> None:
         help="float32, bfloat16, float16, or int8 or nf4 with bitsandbytes (default: bfloat16 for large models on a "
         "GPU, else float32)",
     )
+    parser.add_argument(
+        "--attention", choices=("auto", "sdpa", "flash", "eager"), metavar="A",
+        help="sdpa, flash with the package flash-attn, or eager (default: sdpa, which has flash kernels of its own)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--decode", choices=("auto", "plain", "compiled"), metavar="W",
+        help="plain or compiled (default: plain)" if brief else
+        "plain or compiled (default: compiled on a GPU where the model allows it, else plain)",
+    )  # fmt: skip
+    parser.set_defaults(brief=brief)
 
 
 def _json(parser: Parser) -> None:
@@ -105,7 +116,7 @@ def _models_arguments(parser: Parser) -> None:
 def _ask_arguments(parser: Parser) -> None:
     _question(parser)
     parser.add_argument("--plan", metavar="P", help=PLAN_HELP)
-    _model(parser)
+    _model(parser, brief=True)
     _json(parser)
     _sampling(parser)
     add_limits(parser)
@@ -117,7 +128,7 @@ def _trace_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--out", metavar="DIR", help="write figures (PNG, SVG), tables (CSV) and trace.json into this folder"
     )
-    _model(parser)
+    _model(parser, brief=True)
     _json(parser)
     _sampling(parser)
     add_limits(parser)
@@ -259,6 +270,10 @@ def _bench_arguments(parser: Parser) -> None:
         help="instead of a model: the true shape of Qwen3-VL-2B, Qwen3-VL-8B, Granite-4-Vision or DeepStack-L-7B (or "
         "tiny, to try it) with random weights; speeds are real, answers are not",
     )  # fmt: skip
+    parser.add_argument(
+        "--only", action="append", choices=("answer", "parts", "clients", "images", "plans"), metavar="TABLE",
+        help="answer, parts, clients, images or plans: this table alone; may be given several times (default: all)",
+    )  # fmt: skip
     _check_arguments(parser)
 
 
@@ -276,7 +291,7 @@ def _golden_arguments(parser: Parser) -> None:
         "--tolerance", type=float, metavar="X",
         help="check: relative difference to accept (default 1e-3 in float32, 5e-2 in bfloat16, 1e-1 quantised)",
     )  # fmt: skip
-    _model(parser)
+    _model(parser, brief=True)
     _json(parser)
     add_limits(parser)
 

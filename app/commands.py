@@ -29,6 +29,7 @@ from model.prompt import Prompt
 from model.types import Answer, Sampling
 
 DEFAULT_PLAN = ("default", "as trained")
+HOW = ("device", "dtype", "attention", "decode")  # options that say where and how a model runs
 
 # ---- from options to values; each refuses with a UserError
 
@@ -77,11 +78,16 @@ def check_plan_text(text: str | None) -> None:
         Plan.parse(text)
 
 
+def how(options: argparse.Namespace) -> dict[str, str | None]:
+    """Where and how a model is to run, as `load` takes it."""
+    return {name: getattr(options, name) for name in HOW}
+
+
 def load_from(name: str, options: argparse.Namespace) -> Engine:
     """The engine, with progress on a terminal."""
     progress = ProgressLine()
     try:
-        engine = load(name, device=options.device, dtype=options.dtype, progress=progress.fraction)
+        engine = load(name, **how(options), brief=options.brief, progress=progress.fraction)
         engine.max_memory = getattr(options, "max_memory", engine.max_memory)
         return engine
     finally:
@@ -110,7 +116,7 @@ def page(options: argparse.Namespace) -> Outcome:
 
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("model").setLevel(logging.INFO)  # which model was loaded when, and why it runs where it runs
-    zoo = Zoo(names, device=options.device, dtype=options.dtype, max_memory=limits.max_memory)
+    zoo = Zoo(names, max_memory=limits.max_memory, **how(options))
     served = launch(zoo, limits, host=options.host, port=options.port, block=False)
     host = f"[{options.host}]" if ":" in options.host else options.host
     log(f"DeepStack Lens is at http://{host}:{options.port} (Ctrl-C stops it)")

@@ -26,7 +26,6 @@ from torch import Tensor
 from app.commands import introduce, load_from
 from app.output import Outcome, table
 from model.engine import Engine
-from model.instrument import ATTENTION
 from model.loading import HEADROOM, free_memory, gigabytes
 from model.outside import blocks_of, layers_seen, tap_of, tapped_blocks
 from model.plan import BASE, Plan
@@ -76,8 +75,10 @@ def diagnose(engine: Engine) -> list[Check]:
     if len(engine.answer(prompt, plan, sampling).tokens) < 2:  # it ends at once: other words show decoding as well
         sampling = Sampling(max_new_tokens=8, temperature=100.0)
     engine.forget()  # of a long prompt the prefix would be taken up, and no injection seen
-    with watch(engine) as seen:
-        answer = engine.answer(prompt, plan, sampling)
+    with watch(engine) as seen:  # decodes plainly: a compiled step would show nobody what is in it
+        engine.answer(prompt, plan, sampling)
+    engine.forget()
+    answer = engine.answer(prompt, plan, sampling)  # as everybody's
     engine.forget()
     checks = [
         Check("device and number format", True, "; ".join(engine.reasons) or f"{engine.device}, {engine.dtype}"),
@@ -286,6 +287,7 @@ def eager(engine: Engine, prompt: Prompt, plan: Plan, answer: Answer) -> Check:
     wish = AttentionWish(layers, (row,))
     shown = engine.replay(prompt, answer, plan, Probe(norms=False, attention=(wish,))).attention
     decoder = engine.adapter.decoder
+    before = decoder.config._attn_implementation
     weights: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Callable:
@@ -296,7 +298,7 @@ def eager(engine: Engine, prompt: Prompt, plan: Plan, answer: Answer) -> Check:
         decoder.set_attn_implementation("eager")
         engine.logits(prompt, plan, answer)
     finally:
-        decoder.set_attn_implementation(ATTENTION)
+        decoder.set_attn_implementation(before)
         for handle in handles:
             handle.remove()
     worst = max(float(np.abs(shown[layer][:, 0] - weights[layer].numpy()).max()) for layer in layers)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from statistics import median
@@ -27,6 +27,7 @@ from model.plan import Plan
 from model.prompt import Prompt
 from model.types import Answer, Sampling
 
+TABLES = ("clients", "images", "plans")
 CLIENTS = (1, 4, 16, 32)
 VISUAL = (256, 512, 1024, 2048, 4096)  # visual tokens
 PLANS = (1, 2, 4, 8)
@@ -35,10 +36,11 @@ ROUNDS = 3
 SIDES = (64, 128, 256, 512, 1024, 2048)  # pixels of the pictures that are tried for a number of visual tokens
 
 
-def measure(engine: Engine) -> dict[str, list[dict]]:
-    """The rows of all three tables, as plain values."""
+def measure(engine: Engine, wanted: Sequence[str] = TABLES) -> dict[str, list[dict]]:
+    """The rows of these of the tables, as plain values."""
+    rows = {"clients": clients, "images": images, "plans": plans}
     with unending(engine):
-        return {"clients": clients(engine), "images": images(engine), "plans": plans(engine)}
+        return {name: rows[name](engine) for name in TABLES if name in wanted}
 
 
 @contextmanager
@@ -169,35 +171,36 @@ def pictures(engine: Engine, wanted: int) -> list[Image.Image]:
 
 
 def tables(rows: dict[str, list[dict]], why_alone: str) -> str:
-    """The three tables as text; `why_alone`: why this model's requests decode one by one, "" where they share."""
+    """The tables as text; `why_alone`: why this model's requests decode one by one, "" where they share."""
+    words = {"clients": lambda rows: _clients(rows, why_alone), "images": _images, "plans": _plans}
+    return "\n\n".join(words[name](found) for name, found in rows.items())
+
+
+def _clients(rows: list[dict], why_alone: str) -> str:
     parts = ["Clients at once, each with an image, a question and a plan of its own:"]
     parts += [f"Their requests decode one by one: {why_alone}."] if why_alone else []
-    parts.append(
-        table(
-            ["clients", "tokens/s alone", "tokens/s at once", "ratio", "last first token (s)", "same answers"],
-            [
-                [
-                    *(row[key] for key in ("clients", "tokens_per_second_alone", "tokens_per_second_at_once", "ratio")),
-                    row["last_first_token_seconds"],
-                    f"{row['same_answers']} of {row['clients']}",
-                ]
-                for row in rows["clients"]
-            ],
-        )
-    )
+    names = ("clients", "tokens_per_second_alone", "tokens_per_second_at_once", "ratio", "last_first_token_seconds")
+    heads = ["clients", "tokens/s alone", "tokens/s at once", "ratio", "last first token (s)", "same answers"]
+    cells = [[*map(row.get, names), f"{row['same_answers']} of {row['clients']}"] for row in rows]
+    return "\n".join([*parts, table(heads, cells)])
+
+
+def _images(rows: list[dict]) -> str:
     names = ["visual_tokens", "prompt_tokens", "vision_seconds", "first_token_seconds", "decode_tokens_per_second"]
     heads = ["about", "visual", "prompt", "vision (s)", "first token (s)", "tokens/s", "estimate", "peak"]
-    grown = [row for row in rows["images"] if not row["refused"]]
     cells = [
         [row["asked"], *map(row.get, names), gigabytes(row["estimated_bytes"]), _size(row["peak_bytes"])]
-        for row in grown
+        for row in rows
+        if not row["refused"]
     ]
-    parts += ["\nVisual tokens:", table(heads, cells)] if grown else ["\nVisual tokens:"]
-    parts += [f"{row['asked']}: {row['refused']}" for row in rows["images"] if row["refused"]]
-    done = [[row["plans"], row["seconds"], row["over_one"]] for row in rows["plans"] if not row["refused"]]
-    parts += ["\nPlans in one batch:", table(["plans", "seconds", "÷ one"], done)] if done else ["\nPlans:"]
-    parts += [f"{row['plans']}: {row['refused']}" for row in rows["plans"] if row["refused"]]
-    return "\n".join(parts)
+    parts = ["Visual tokens:", *([table(heads, cells)] if cells else [])]
+    return "\n".join([*parts, *(f"{row['asked']}: {row['refused']}" for row in rows if row["refused"])])
+
+
+def _plans(rows: list[dict]) -> str:
+    done = [[row["plans"], row["seconds"], row["over_one"]] for row in rows if not row["refused"]]
+    parts = ["Plans in one batch:", table(["plans", "seconds", "÷ one"], done)] if done else ["Plans:"]
+    return "\n".join([*parts, *(f"{row['plans']}: {row['refused']}" for row in rows if row["refused"])])
 
 
 def _size(bytes: int | None) -> str:

@@ -9,11 +9,12 @@ active. Knows nothing about analysis or pages.
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 import time
 import traceback
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,12 +26,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from model.clip import clip_of
+from model.compiled import CANNOT, Compiled, choose_decode, in_words
 from model.decode import Choice, TextStream, choose, describe, generators
 from model.errors import OutOfMemory, UserError, is_out_of_memory
 from model.families import Family
 from model.images import DEFAULT_LIMITS
-from model.instrument import EffectRecorder, Injection, Pass, Recorder, TraceRecorder, active, install
-from model.need import of_answer, of_pass
+from model.instrument import ATTENTION, EffectRecorder, Injection, Pass, Recorder, TraceRecorder, active, install
+from model.loading import choose_attention
+from model.need import SEAT, of_answer, of_pass
 from model.plan import Plan
 from model.prefix import PrefixCache
 from model.probe import Probe
@@ -39,6 +42,8 @@ from model.together import Part, Together, Wanted
 from model.trace import Trace
 from model.turns import FairLock
 from model.types import Answer, ImageGrid, Message, Region, Sampling, Token, View
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +129,8 @@ class Engine:
         shortest_prefix: int = 256,
         shared_bytes: int = 4096 * 2**20,
     ):
-        """cache_bytes: of image features held; prefix_bytes: of key-value caches held; shared_bytes: see `Together`.
+        """cache_bytes: of image features held; prefix_bytes: of key-value caches held; shared_bytes: of what requests
+        decode in, together and compiled each (`Together`, `Compiled`).
 
         Beginnings of `shortest_prefix` tokens and more are taken up; shorter ones are computed again, to the same bits.
         """
@@ -140,7 +146,7 @@ class Engine:
         self.device = family.embed.weight.device
         self.dtype = family.embed.weight.dtype
         self.threads, why = choose_threads(self.device, sum(tensor.numel() for tensor in self.model.parameters()))
-        self.reasons = (*reasons, why) if why else tuple(reasons)
+        self._reasons = (*reasons, why) if why else tuple(reasons)
         self.max_tokens: int = family.decoder.config.max_position_embeddings
         self.max_memory = DEFAULT_LIMITS.max_memory  # bytes that one request may take beside the weights
         self.cache = FeatureCache(cache_bytes)
@@ -152,20 +158,61 @@ class Engine:
         self._pieces: dict[int, str] = {}
         self._lock = FairLock()
         self.together = Together(self, shared_bytes)
+        self.attend_by("auto")
+        self.compiled: Compiled | None = None  # of a lone request's steps
+        self.decode_by("auto")
 
     def __repr__(self) -> str:
         return f"Engine({self.name!r}, {self.family}, {self.device}, {self.dtype})"
 
     @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why it runs where it runs and how: device, number format, compute threads, attention, decoding."""
+        return (*self._reasons, self._why_attention, self._why_decode)
+
+    @property
     def memory_bytes(self) -> int:
         """Weights and buffers, plus the features and the key-value caches held."""
         tensors = {t.data_ptr(): t for t in [*self.model.parameters(), *self.model.buffers()]}
-        return sum(t.element_size() * t.nelement() for t in tensors.values()) + self.cache.bytes + self.prefixes.bytes
+        held = self.cache.bytes + self.prefixes.bytes + (self.compiled.bytes if self.compiled else 0)
+        return sum(t.element_size() * t.nelement() for t in tensors.values()) + held
 
     def forget(self) -> None:
         """Lets go of all features and key-value caches: what comes next is computed anew."""
         self.cache.clear()
         self.prefixes.clear()
+        if self.compiled is not None:
+            self.compiled.forget()
+
+    def attend_by(self, wanted: str | None) -> None:
+        """Attention by "sdpa", "flash", "eager", or as this device chooses ("auto"); UserError where it cannot be."""
+        way, self._why_attention = choose_attention(wanted, self.device, self.dtype)
+        self.adapter.decoder.set_attn_implementation(ATTENTION[way])
+
+    def decode_by(self, wanted: str | None, backend: str | Callable = "inductor", brief: bool = False) -> None:
+        """Decodes "plain", "compiled", or as this device and model choose ("auto"); `reasons` says why.
+
+        UserError where compiled was asked for and cannot be. backend: of torch.compile. brief: a few answers are all
+        that will be asked for.
+        """
+        compiled, self._why_decode = choose_decode(wanted, self, brief)
+        self._insist = wanted == "compiled"
+        self.compiled = Compiled(self, self.together.max_bytes, backend) if compiled else None
+
+    def warm_up(self) -> None:
+        """Compiles the step of a lone answer now, where it is compiled at all, so that no request waits for it."""
+        if self.compiled is None:
+            return
+        generation = Generation(
+            self, self.prompt([{"role": "user", "content": "Hello"}]), [self.layout.default], Sampling(4), None
+        )
+        with torch.inference_mode(), self._device():
+            generation._prefill()
+            for _ in range(3):  # on a GPU: compiled, tried, recorded
+                generation.rows[0].tokens.append(Token(0, "", 0.0, ()))
+                generation._made += 1
+                generation._decode()
+        self.together.leave(generation._part)
 
     # Prompts and images
 
@@ -386,9 +433,9 @@ class Engine:
                 injected_rms={key: value.cpu().numpy() for key, value in recorder.injected.items()},
                 ratio=_stack(recorder.ratio, (layers, n)),
                 cosine=_stack(recorder.cosine, (layers, n)),
-                attention={layer: value.numpy() for layer, value in recorder.rows.items()},
+                attention={layer: value.cpu().numpy() for layer, value in recorder.rows.items()},
                 attention_rows=tuple(rows),
-                hidden={layer: value.numpy() for layer, value in recorder.hidden.items()},
+                hidden={layer: value.cpu().numpy() for layer, value in recorder.hidden.items()},
                 hidden_positions=kept.cpu().numpy(),
                 logprobs=logprobs.cpu().numpy(),
                 seconds=time.perf_counter() - start,
@@ -502,6 +549,15 @@ class Engine:
         self.forget()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _cannot_compile(self, error: Exception) -> None:
+        """Decodes plainly from now on, and says so; UserError where compiled decoding was asked for."""
+        if self._insist:
+            raise UserError(
+                f"{self.name} cannot decode compiled here: {in_words(error)}. Leave --decode out, or use plain."
+            ) from error
+        self.compiled, self._why_decode = None, f"plain decoding: compiling failed here ({in_words(error)})"
+        logger.warning("%s: %s", self.name, self._why_decode)
 
     def _pass(
         self, prompt: Prompt, plans: Sequence[Plan], features: dict[str, Tensor], recorder: Recorder | None = None
@@ -653,9 +709,10 @@ class Generation:
         draws = generators(sampling, len(plans))
         self.rows = [_Row(p, TextStream(engine.tokenizer), g) for p, g in zip(plans, draws, strict=True)]
         self._live = list(range(len(plans)))  # rows of the batch, in order
-        self._part = Part()
         self._limit = min(sampling.max_new_tokens, engine.max_tokens - prompt.input_ids.shape[1])
-        of_answer(engine, prompt, len(plans), sampling.max_new_tokens).check(engine)
+        need = of_answer(engine, prompt, len(plans), sampling.max_new_tokens)
+        need.check(engine)
+        self._part = Part(most=prompt.input_ids.shape[1] + self._limit if SEAT in need.parts else 0)
         self._made = 0
         self._start = time.perf_counter()
         self._first = 0.0
@@ -680,7 +737,8 @@ class Generation:
                 with torch.inference_mode(), engine._device():
                     choices = choose(self._prefill(), [self.sampling] * len(self.rows), [r.draw for r in self.rows])
         except BaseException as error:
-            engine.together.leave(self._part)  # some layers may be a position ahead of others: nothing to hand on
+            # Some layers may be a position ahead of others: nothing to hand on.
+            engine.together.leave(self._part, broken=True)
             self.end("stopped")
             if isinstance(error, OutOfMemory):
                 engine._free(error)  # once more: the key-value cache has gone now
@@ -701,11 +759,7 @@ class Generation:
                 row.stopped = "length"
         keep = [at for at, i in enumerate(self._live) if not self.rows[i].stopped]
         if keep and len(keep) < len(self._live):
-            if self._part.rows:
-                engine.together.drop(self._part, [at for at in range(len(self._live)) if at not in keep])
-            else:
-                # Indices on the CPU: layers may be on several devices.
-                self._part.cache.batch_select_indices(torch.tensor(keep))
+            engine.together.keep(self._part, keep)
         self._live = [self._live[at] for at in keep]
         if self.done:
             self._let_go()
@@ -724,7 +778,7 @@ class Generation:
         engine, part, (first, *others) = self.engine, self._part, self.rows
         try:
             if len(part) >= max(engine.shortest_prefix, 1) and not others:
-                cache = engine.together.take_out(part) if part.rows else part.cache
+                cache = engine.together.take_out(part)
                 engine.prefixes.keep(cache, [*self._marks(), *(token.id for token in first.tokens)], first.plan)
         except Exception as error:
             if not is_out_of_memory(error):  # the answer is there; only the next one has to begin anew
@@ -785,12 +839,22 @@ class Generation:
 
     def _decode(self) -> Tensor:
         """Logits [live rows, V] after the last tokens, by itself; nothing injected."""
-        engine, wanted = self.engine, self._wanted()
+        engine, wanted, part = self.engine, self._wanted(), self._part
+        if engine.compiled is not None and engine.compiled.seat(part, len(wanted.ids)):
+            try:
+                return engine.compiled.step(part.seat, wanted)
+            except CANNOT as error:
+                if is_out_of_memory(error):
+                    raise
+                engine._cannot_compile(error)
+        if part.seat is not None:  # decoding has been switched, cannot be compiled, or somebody watches
+            part.cache = engine.together.take_out(part)
+            part.seat.home.leave(part, broken=True)
         last = torch.tensor([[token] for token in wanted.ids], device=engine.device)
         hidden = engine.adapter.decoder(
             inputs_embeds=engine.adapter.embed(last),
             position_ids=torch.full((*wanted.axes, 1, 1), wanted.position, device=engine.device),
-            past_key_values=self._part.cache,
+            past_key_values=part.cache,
             use_cache=True,
         ).last_hidden_state
         return engine._logits(hidden[:, -1])

@@ -2,26 +2,33 @@
 
 One pre-hook per decoder layer does all injection, for every family: the family's own injection is never called. A pass
 is active only inside one prefill or replay call of one thread, so nothing has to be removed afterwards and concurrent
-requests cannot see one another. Knows nothing about families, tokens or images; not safe under torch.compile.
+requests cannot see one another. A compiled step (model/compiled.py) has no trace of the hooks in it. Knows nothing
+about families, tokens or images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from model.probe import Probe
 
-ATTENTION = "deepstack_lens"  # name of the attention function in transformers' registry
+ATTENTION = {  # how attention is computed -> our function's name in transformers' registry
+    "sdpa": "deepstack_lens",
+    "flash": "deepstack_lens_fa",  # a name with "flash" in it would get masks of another kind
+    "eager": "deepstack_lens_eager",
+}
 
 
 class Injection(NamedTuple):
@@ -92,6 +99,15 @@ class Pass:
 _ACTIVE: ContextVar[Pass | None] = ContextVar("deepstack_lens_pass", default=None)
 
 
+def _running() -> Pass | None:
+    """The pass of this thread; none while a decode step is compiled, in which nothing enters and nothing is recorded.
+
+    torch.compile cannot read a ContextVar; asked in this order it sees a constant, and the hooks leave no trace. Not
+    `torch.compiler.is_compiling`, which is true in every thread while one compiles: their stacks would be dropped.
+    """
+    return None if torch.compiler.is_dynamo_compiling() else _ACTIVE.get()
+
+
 @contextmanager
 def active(current: Pass) -> Iterator[Pass]:
     """Makes `current` the pass of this thread. Never yield to a caller inside: a generator may resume elsewhere."""
@@ -107,11 +123,11 @@ def install(decoder: nn.Module) -> list:
 
     Without an active pass each hook costs one ContextVar read and changes nothing.
     """
-    decoder.set_attn_implementation(ATTENTION)
+    decoder.set_attn_implementation(ATTENTION["sdpa"])
     handles = hook_layers(decoder.layers)
 
     def before_norm(module: nn.Module, args: tuple) -> None:
-        current = _ACTIVE.get()
+        current = _running()
         if current is not None and current.recorder is not None:
             current.recorder.final(args[0].to(current.positions.device))
 
@@ -125,7 +141,7 @@ def hook_layers(layers: Iterable[nn.Module]) -> list:
     for index, layer in enumerate(layers):
 
         def before(module: nn.Module, args: tuple, index: int = index):
-            current = _ACTIVE.get()
+            current = _running()
             if current is None or (current.recorder is None and index not in current.injections):
                 return None
             return (current.before_layer(index, args[0]), *args[1:])
@@ -134,17 +150,53 @@ def hook_layers(layers: Iterable[nn.Module]) -> list:
     return handles
 
 
-def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
-    """transformers' SDPA attention; a recording pass sees query and key as well."""
-    current = _ACTIVE.get()
-    if current is not None and current.recorder is not None:
-        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        current.recorder.attention(module.layer_idx, query, key, scaling, kwargs.get("sliding_window"))
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+def _sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
+    """transformers' SDPA attention; in a compiled step without its copies of keys and values for groups of heads."""
+    groups = query.shape[1] // key.shape[1]
+    if groups == 1 or query.shape[2] > 1 or not torch.compiler.is_dynamo_compiling():
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    packed = query.reshape(query.shape[0], key.shape[1], groups, query.shape[3])  # a group's heads as its rows
+    out = scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling"))
+    return out.reshape(query.shape[0], 1, query.shape[1], value.shape[3]), None
 
 
-AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+def _flash(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
+    """The package flash-attn where nothing is masked: a prefill, a step alone. SDPA, which takes masks, elsewhere."""
+    if attention_mask is not None:
+        return _sdpa(module, query, key, value, attention_mask, **kwargs)
+    attend = import_module("flash_attn").flash_attn_func  # which nothing else needs
+    rows = (states.transpose(1, 2) for states in (query, key, value))  # [B, T, H, hd], as it takes them
+    return attend(*rows, softmax_scale=kwargs.get("scaling"), causal=query.shape[2] > 1), None
+
+
+def _eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
+    """All scores at once, softmax in float32: slow, and as plain as it can be."""
+    scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    key, value = (repeat_kv(states, query.shape[1] // states.shape[1]) for states in (key, value))
+    seen = attention_mask
+    if seen is None:  # of the last `query.shape[2]` positions
+        lengths = query.shape[2], key.shape[2]
+        seen = torch.ones(lengths, dtype=torch.bool, device=query.device).tril(lengths[1] - lengths[0])
+    scores = (query @ key.transpose(2, 3) * scaling).float().masked_fill(~seen, -torch.inf)
+    return (scores.softmax(-1).to(query.dtype) @ value).transpose(1, 2).contiguous(), None
+
+
+def _recorded(attend: Callable) -> Callable:
+    """An attention function of transformers; a recording pass sees query and key as well."""
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
+        current = _running()
+        if current is not None and current.recorder is not None:
+            scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            current.recorder.attention(module.layer_idx, query, key, scaling, kwargs.get("sliding_window"))
+        return attend(module, query, key, value, attention_mask, **kwargs)
+
+    return attention
+
+
+for _way, _attend in {"sdpa": _sdpa, "flash": _flash, "eager": _eager}.items():
+    AttentionInterface.register(ATTENTION[_way], _recorded(_attend))
+    AttentionMaskInterface.register(ATTENTION[_way], sdpa_mask)
 
 
 def rms(rows: Tensor) -> Tensor:
@@ -154,7 +206,10 @@ def rms(rows: Tensor) -> Tensor:
 
 @dataclass
 class TraceRecorder:
-    """Records one batch row (B = 1) of a full pass over prompt and answer, as a Probe asks."""
+    """Records one batch row (B = 1) of a full pass over prompt and answer, as a Probe asks.
+
+    All stays on the model's device until the pass is over: a copy in the middle of it would wait for the device.
+    """
 
     probe: Probe
     positions: Tensor  # int64 [N] image rows
@@ -167,10 +222,11 @@ class TraceRecorder:
     cosine: list[Tensor] = field(default_factory=list)  # [N] per layer
     hidden: dict[int, Tensor] = field(default_factory=dict)  # [rows, d]
     rows: dict[int, Tensor] = field(default_factory=dict)  # [H, Q, T] attention
+    _unseen: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict)  # query positions, what they do not see
 
     def layer_input(self, layer: int, before: Tensor, injected: dict[str, Tensor], after: Tensor) -> None:
         if layer in self.probe.hidden:
-            self.hidden[layer] = after[0, self.hidden_positions].float().cpu()
+            self.hidden[layer] = after[0, self.hidden_positions].float()
         if not self.probe.norms:
             return
         self.before.append(rms(before[0]))
@@ -191,28 +247,34 @@ class TraceRecorder:
 
     def final(self, hidden: Tensor) -> None:
         if self.n_layers in self.probe.hidden:
-            self.hidden[self.n_layers] = hidden[0, self.hidden_positions].float().cpu()
+            self.hidden[self.n_layers] = hidden[0, self.hidden_positions].float()
         if self.probe.norms:
             self.residual.append(rms(hidden[0]))
 
     def attention(self, layer: int, query: Tensor, key: Tensor, scaling: float, window: int | None) -> None:
         wanted = self.probe.attention_rows(layer)
-        if wanted:
-            self.rows[layer] = attention_rows(query, key, scaling, wanted, window)[0].cpu()
+        if not wanted:
+            return
+        place = (wanted, window, key.device)
+        if place not in self._unseen:  # the same for most layers
+            at = torch.tensor(wanted, device=key.device)
+            self._unseen[place] = at, unseen(at, key.shape[2], window)
+        self.rows[layer] = attention_rows(query, key, scaling, *self._unseen[place])[0]
 
 
-def attention_rows(
-    query: Tensor, key: Tensor, scaling: float, positions: Sequence[int], window: int | None = None
-) -> Tensor:
-    """Causal softmax rows float32 [B, H, Q, T] of the queries at `positions`, for a pass without cache.
+def unseen(at: Tensor, length: int, window: int | None = None) -> Tensor:
+    """bool [Q, T]: keys after the queries at these positions, or `window` and more before them."""
+    ahead = torch.arange(length, device=at.device) - at[:, None]
+    return ahead > 0 if window is None else (ahead > 0) | (ahead <= -window)
 
-    query [B, H, T, hd], key [B, H_kv, T, hd]; keys after a query, or `window` and more before it, get exactly 0.
+
+def attention_rows(query: Tensor, key: Tensor, scaling: float, at: Tensor, hidden: Tensor) -> Tensor:
+    """Causal softmax rows float32 [B, H, Q, T] of the queries at these positions, for a pass without cache.
+
+    query [B, H, T, hd], key [B, H_kv, T, hd]; what is `hidden` (bool [Q, T]) gets exactly 0.
     """
-    at = torch.tensor(positions, device=query.device)
     key = repeat_kv(key, query.shape[1] // key.shape[1])
     scores = (query[:, :, at] @ key.transpose(2, 3)) * scaling  # [B, H, Q, T]
-    ahead = torch.arange(key.shape[2], device=query.device) - at[:, None]  # [Q, T]
-    hidden = ahead > 0 if window is None else (ahead > 0) | (ahead <= -window)
     return scores.float().masked_fill(hidden, -torch.inf).softmax(-1)
 
 

@@ -1,4 +1,4 @@
-"""From a name to an engine: embedded checkpoints, folders, hub ids; device and number format, chosen and explained.
+"""From a name to an engine: embedded checkpoints, folders, hub ids; where and how it runs, chosen and explained.
 
 Whatever is wrong with a name, a folder or a download becomes one clear sentence before weights are read. Only
 safetensors are opened and no code of a checkpoint is ever run. Knows nothing about prompts, answers or the page.
@@ -290,7 +290,7 @@ def check_files(folder: Path, name: str, unused: Iterable[str] = (), lacks: Iter
     return parameters
 
 
-# ---- device and number format; each choice comes with its reason
+# ---- device, number format, attention; each choice comes with its reason
 
 
 def choose_device(wanted: str | None = None) -> tuple[torch.device, str]:
@@ -321,6 +321,7 @@ def _devices() -> str:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTISED = {"int8": 1.1, "nf4": 0.7}  # by bitsandbytes -> bytes of a weight, a little more than of its own
+DECODE = ("auto", "plain", "compiled")
 DTYPES_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -366,6 +367,32 @@ def quantised(name: str, device: torch.device) -> tuple[dict, str]:
     return {"quantization_config": config}, f"{name}: asked for; layers of the LLM, all else in bfloat16"
 
 
+def choose_attention(wanted: str | None, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """("sdpa", "flash" or "eager", why) of the LLM's attention; UserError where what was asked for cannot be had."""
+    if wanted in (None, "", "auto"):
+        own = ", which has flash kernels of its own" if device.type == "cuda" else " own"
+        return "sdpa", f"sdpa attention: PyTorch's{own}"
+    if wanted not in ("sdpa", "flash", "eager"):
+        raise UserError(f"The attention “{wanted}” is not known; use one of auto, sdpa, flash, eager.")
+    if wanted == "flash":
+        if find_spec("flash_attn") is None:
+            raise UserError(
+                "Flash attention needs the package flash-attn, which is not installed (pip install flash-attn); "
+                "sdpa has flash kernels of its own."
+            )
+        if device.type != "cuda" or dtype == torch.float32:
+            number = str(dtype).removeprefix("torch.")
+            raise UserError(f"Flash attention runs on a CUDA GPU in bfloat16 or float16, not on {device} in {number}.")
+        return "flash", "flash attention: asked for; where steps are shared or compiled, and masked therefore, sdpa"
+    return wanted, f"{wanted} attention: asked for" + ("; slow, all scores at once" if wanted == "eager" else "")
+
+
+def check_decode(wanted: str | None) -> None:
+    """UserError for a way to decode that there is not."""
+    if wanted not in (None, *DECODE):
+        raise UserError(f"The way to decode “{wanted}” is not known; use one of {', '.join(DECODE)}.")
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on this device; on a GPU also what torch holds there and does not use."""
     if device.type != "cuda":
@@ -395,11 +422,15 @@ def gigabytes(n: float) -> str:
 # ---- the engine
 
 
-def load(name: str, *, device: str | None = None, dtype: str | None = None, progress: Progress | None = None) -> Engine:
+def load(
+    name: str, *, device: str | None = None, dtype: str | None = None, attention: str | None = None,
+    decode: str | None = None, brief: bool = False, progress: Progress | None = None,
+) -> Engine:  # fmt: skip
     """The engine of a model: "embedded", "embedded/<name>", a hub id or a folder; UserError for what is wrong with it.
 
-    device ("cpu", "cuda", "cuda:1" …, or "split" over all GPUs) and dtype ("float32", "bfloat16", "float16", or with
-    bitsandbytes "int8", "nf4") are chosen where they are not given; `engine.reasons` says why.
+    device ("cpu", "cuda", "cuda:1" …, or "split" over all GPUs), dtype ("float32", "bfloat16", "float16", or with
+    bitsandbytes "int8", "nf4"), attention ("sdpa", "flash", "eager") and decode ("plain", "compiled") are chosen where
+    they are not given; `engine.reasons` says why. brief: for a few answers, for which compiling takes too long.
     """
     name = canonical(name)
     folder = find(name, progress)
@@ -419,6 +450,8 @@ def load(name: str, *, device: str | None = None, dtype: str | None = None, prog
         number, why_dtype = choose_dtype(dtype, chosen, parameters)
         per_weight = number.itemsize
     check_memory(parameters * per_weight, chosen, name, split=device == SPLIT)
+    choose_attention(attention, chosen, number)  # what cannot be had is said before the weights are read
+    check_decode(decode)
     if progress:
         progress(0.9, f"loading the weights of {name}")
     try:
@@ -435,11 +468,24 @@ def load(name: str, *, device: str | None = None, dtype: str | None = None, prog
     held -= engine.adapter.borrowed
     if parameters < held:
         raise UserError(f"{name} lacks {held - parameters:,} of the model's {held:,} parameters; download it again.")
+    make_ready(engine, attention, decode, brief, progress)
     for line in introduction(engine):
         logger.info(line)
     if progress:
         progress(1.0, f"{name} is ready")
     return engine
+
+
+def make_ready(
+    engine: Engine, attention: str | None, decode: str | None, brief: bool = False, progress: Progress | None = None
+) -> None:
+    """Chooses how an engine computes attention and decodes, and compiles what is to be compiled."""
+    engine.attend_by(attention)
+    engine.decode_by(decode, brief=brief)
+    if engine.compiled is not None:
+        if progress:
+            progress(0.95, f"compiling the decoding of {engine.name}, which takes a minute or two")
+        engine.warm_up()
 
 
 def introduction(engine: Engine) -> list[str]:
@@ -451,16 +497,13 @@ def introduction(engine: Engine) -> list[str]:
 class Zoo:
     """The models that one run of the app offers, each loaded once, when it is first asked for. Thread-safe.
 
-    offered: names, the first one the default. max_memory: bytes that one request may take beside the weights. A load
-    that failed leaves nothing behind and can be tried again.
+    offered: names, the first one the default. max_memory: bytes that one request may take beside the weights. how:
+    device, dtype, attention and decode as in `load`. A load that failed leaves nothing behind and can be tried again.
     """
 
-    def __init__(
-        self, offered: Iterable[str], *, device: str | None = None, dtype: str | None = None,
-        max_memory: int = DEFAULT_LIMITS.max_memory,
-    ):  # fmt: skip
+    def __init__(self, offered: Iterable[str], *, max_memory: int = DEFAULT_LIMITS.max_memory, **how: str | None):
         self.offered: tuple[str, ...] = tuple(dict.fromkeys(canonical(name) for name in offered))
-        self._device, self._dtype, self._max_memory = device, dtype, max_memory
+        self._how, self._max_memory = how, max_memory
         self._engines: dict[str, Engine] = {}
         self._loading = threading.Lock()  # one load at a time: from_pretrained changes torch's default dtype meanwhile
 
@@ -479,7 +522,7 @@ class Zoo:
         if name not in self._engines:
             with self._loading:
                 if name not in self._engines:
-                    engine = load(name, device=self._device, dtype=self._dtype, progress=progress)
+                    engine = load(name, **self._how, progress=progress)
                     engine.max_memory = self._max_memory
                     self._engines[name] = engine
         return self._engines[name]

@@ -8,7 +8,7 @@ Knows nothing about pages.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from model.errors import UserError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 FULL = 4  # bytes of a number in float32, as norms, softmax, probes and pixels have it
 CACHE, LAYER, LOGITS, IMAGE, KEPT = "key-value cache", "layers", "logits", "vision tower", "what is recorded"
+SEAT = "buffers of compiled decoding"
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,21 @@ class Need:
 
 
 def of_answer(engine: Engine, prompt: Prompt, plans: int, new_tokens: int) -> Need:
-    """Of answers under so many plans at once, each of up to so many tokens."""
+    """Of answers under so many plans at once, each of up to so many tokens.
+
+    Where steps are compiled and there is room for their buffers, these are among its parts; else it decodes plainly.
+    """
     length = prompt.input_ids.shape[1]
     tokens = min(length + new_tokens, engine.max_tokens)
     text, attends = _text(engine), len(engine.layout.attention_layers)
     keys = 2 * _heads(text)[1] * _heads(text)[2] * engine.dtype.itemsize  # bytes of one token in one layer
     cache = plans * tokens * keys * (attends + 1)  # one layer's twice: it is copied while it grows
-    return _need(engine, prompt, plans, length, outputs=1, cache=cache)
+    need = _need(engine, prompt, plans, length, outputs=1, cache=cache)
+    if engine.compiled is None:
+        return need
+    rows, positions = engine.compiled.room(plans, tokens)
+    seated = replace(need, parts={**need.parts, SEAT: rows * positions * keys * attends})
+    return seated if seated.bytes <= min(engine.max_memory, free_memory(engine.device)) else need
 
 
 def of_pass(

@@ -22,7 +22,15 @@ from model.engine import Engine
 from model.errors import UserError
 from model.families import detect
 from model.families.deepstack_llama import read_tower
-from model.loading import Progress, check_memory, choose_device, choose_dtype
+from model.loading import (
+    Progress,
+    check_decode,
+    check_memory,
+    choose_attention,
+    choose_device,
+    choose_dtype,
+    make_ready,
+)
 
 TEMPLATE = """{%- for message in messages %}
     {{- message.role + ': ' }}
@@ -88,9 +96,13 @@ SHAPES = {
 
 
 def build(
-    name: str, *, device: str | None = None, dtype: str | None = None, progress: Progress | None = None
-) -> Engine:
-    """An engine of this shape; UserError for an unknown name, and where its weights do not fit into memory."""
+    name: str, *, device: str | None = None, dtype: str | None = None, attention: str | None = None,
+    decode: str | None = None, progress: Progress | None = None,
+) -> Engine:  # fmt: skip
+    """An engine of this shape; UserError for an unknown name, and where its weights do not fit into memory.
+
+    device, dtype, attention and decode as in `loading.load`.
+    """
     known = {shape.lower(): shape for shape in SHAPES}
     if name.lower() not in known:
         raise UserError(f"There is no shape “{name}” for random weights; there are {', '.join(SHAPES)}.")
@@ -101,6 +113,8 @@ def build(
     where, why_device = choose_device(device)
     number, why_dtype = choose_dtype(dtype, where, parameters)
     check_memory(parameters * number.itemsize, where, name)
+    choose_attention(attention, where, number)
+    check_decode(decode)
     if progress:
         progress(0.5, f"drawing {parameters:,} weights of {name}")
     tokenizer = _tokenizer(shape.placeholder)
@@ -115,7 +129,9 @@ def build(
     template = TEMPLATE.replace("IMAGE", f"'{shape.placeholder}'")
     adapter = family(model, tokenizer, shape.processor(config), template)
     reasons = (why_device, why_dtype, "random weights: speeds are real, answers are not")
-    return Engine(adapter, name=f"{name} with random weights", reasons=reasons)
+    engine = Engine(adapter, name=f"{name} with random weights", reasons=reasons)
+    make_ready(engine, attention, decode, progress=progress)
+    return engine
 
 
 def _tokenizer(placeholder: str) -> PreTrainedTokenizerFast:

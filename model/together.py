@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from model.decode import Choice, choose
 from model.errors import is_out_of_memory
@@ -26,6 +26,7 @@ from model.loading import free_memory
 from model.types import Sampling
 
 if TYPE_CHECKING:
+    from model.compiled import Seat
     from model.engine import Engine
 
 ROWS = 64  # most of one step
@@ -53,9 +54,11 @@ class Wanted:
 
 @dataclass(eq=False)
 class Part:
-    """What one request has computed so far: a cache of its own, or rows of the shared one."""
+    """What one request has computed so far, in a cache of its own, a seat for compiled steps, or shared rows."""
 
+    most: int = 0  # positions that it may have in a seat; 0: it decodes plainly
     cache: DynamicCache | None = None
+    seat: Seat | None = None
     rows: list[Row] = field(default_factory=list)
     apart: bool = False  # it grew too long to be shared
     wanted: Wanted | None = None
@@ -63,7 +66,14 @@ class Part:
 
     def __len__(self) -> int:
         """How many positions are filled."""
-        return self.rows[0].length if self.rows else self.cache.get_seq_length() if self.cache is not None else 0
+        if self.rows or self.seat is not None:
+            return self.rows[0].length if self.rows else self.seat.length
+        return self.cache.get_seq_length() if self.cache is not None else 0
+
+    @property
+    def layers(self) -> list[CacheLayerMixin]:
+        """Of the cache that is not shared."""
+        return (self.cache if self.seat is None else self.seat.cache).layers
 
 
 @dataclass
@@ -99,7 +109,7 @@ class SharedLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.step.upto - 1
 
-    def resize(self, like: DynamicLayer, rows: int, positions: int) -> None:
+    def resize(self, like: CacheLayerMixin, rows: int, positions: int) -> None:
         """Makes room for so many rows and positions; what is in it stays, what is new is zero."""
         for name in ("keys", "values"):
             old, one = getattr(self, name), getattr(like, name)
@@ -142,7 +152,7 @@ class Together:
     def step(self, part: Part, wanted: Wanted, alone: Callable[[], Tensor]) -> list[Choice]:
         """The next token of each of this request's answers, made together with those of all who wait now.
 
-        `alone` decodes `part.cache` by itself: logits [K, V].
+        `alone` decodes what is not shared by itself: logits [K, V].
         """
         part.wanted, part.made = wanted, None
         with self._guard:
@@ -157,29 +167,44 @@ class Together:
                 if part in self._asked:
                     self._asked.remove(part)
 
-    def leave(self, part: Part) -> None:
-        """Lets go of all that a request has."""
-        self.drop(part, range(len(part.rows)))
+    def leave(self, part: Part, broken: bool = False) -> None:
+        """Lets go of all that a request has; broken: a step of it has failed."""
+        self._drop(part, [])
+        if part.seat is not None:
+            part.seat.home.leave(part, broken)
         part.cache = None
 
-    def drop(self, part: Part, ended: range | list[int]) -> None:
-        """Lets go of these of a request's shared rows."""
-        for at in ended:
-            part.rows[at].gone = True
-        part.rows = [row for row in part.rows if not row.gone]
-        self._sweep()
+    def keep(self, part: Part, rows: list[int]) -> None:
+        """Lets go of all of a request's rows but these."""
+        if part.rows:
+            self._drop(part, rows)
+        elif part.seat is not None:
+            part.seat.which = [part.seat.which[at] for at in rows]
+        else:
+            part.cache.batch_select_indices(torch.tensor(rows))  # on the CPU: layers may be on several devices
 
     def take_out(self, part: Part) -> DynamicCache:
-        """A request's own copy of its shared rows, which have as many positions each."""
+        """A request's cache: its own, or a copy of what it has in its seat or in shared rows."""
+        if part.cache is not None:
+            return part.cache
         with self._guard, torch.inference_mode():
             return self._copied(part)
 
     # Inside, under the engine's lock
 
+    def _drop(self, part: Part, kept: list[int]) -> None:
+        for at, row in enumerate(part.rows):
+            row.gone = at not in kept
+        part.rows = [row for row in part.rows if not row.gone]
+        self._sweep()
+
     def _lead(self, part: Part, alone: Callable[[], Tensor]) -> None:
         """Makes the step of `part` and of whoever else waits and can be joined."""
         with self._guard:
             others = [other for other in self._asked if other is not part and other.made is None]
+        if self.engine.compiled is not None and part.rows and not others and len(self) == len(part.rows):
+            part.cache = self.take_out(part)  # everybody else has gone: compiled steps are faster
+            self._drop(part, [])
         if not self.why_not and not part.apart and (others or part.rows):
             try:
                 self._share([part, *others])
@@ -238,25 +263,28 @@ class Together:
             part.rows = []
             return False
         count, first = len(part.wanted.ids), len(self._rows)
-        if not self._grown(first + count, len(part) + 1, part.cache):
+        if not self._grown(first + count, len(part) + 1, part.layers):
             return False
-        for layer, own in zip(self._layers, part.cache.layers, strict=True):
-            for i in range(count):
-                layer.fill(first + i, own.keys[i, :, : len(part)], own.values[i, :, : len(part)])
+        own_rows = range(count) if part.seat is None else part.seat.which
+        for layer, own in zip(self._layers, part.layers, strict=True):
+            for i, at in enumerate(own_rows):
+                layer.fill(first + i, own.keys[at, :, : len(part)], own.values[at, :, : len(part)])
         part.rows = [Row(first + i, len(part)) for i in range(count)]
         self._rows += [weakref.ref(row, self._died) for row in part.rows]
+        if part.seat is not None:
+            part.seat.home.leave(part)
         part.cache = None
         return True
 
-    def _grown(self, rows: int, positions: int, like: DynamicCache | None = None) -> bool:
+    def _grown(self, rows: int, positions: int, like: list[CacheLayerMixin] | None = None) -> bool:
         """Whether the buffers hold so many, after growing where the limit and the memory that is free allow it."""
         now = self._layers[0].keys.shape if self._layers else (0, 0, 0, 0)
         if rows <= now[0] and positions <= now[2]:
             return True
         rows = max(now[0], 1 << (rows - 1).bit_length())
         positions = max(now[2], -(-positions // CHUNK) * CHUNK)
-        layers = self._layers or [SharedLayer() for _ in like.layers]
-        one = self._layers if like is None else like.layers
+        layers = self._layers or [SharedLayer() for _ in like]
+        one = self._layers if like is None else like
         width = sum(t.element_size() * t.shape[1] * t.shape[3] for layer in one for t in (layer.keys, layer.values))
         size = rows * positions * width
         if size > self.max_bytes or size - self.bytes + size // len(layers) > free_memory(self.engine.device):
@@ -319,9 +347,9 @@ class Together:
 
     def _copied(self, part: Part) -> DynamicCache:
         cache = DynamicCache(config=self.engine.adapter.decoder.config)
-        rows, length = [row.at for row in part.rows], len(part)
-        for layer, shared in zip(cache.layers, self._layers, strict=True):
-            layer.update(shared.keys[rows, :, :length], shared.values[rows, :, :length])
+        layers, rows = (self._layers, [row.at for row in part.rows]) if part.rows else (part.layers, part.seat.which)
+        for layer, held in zip(cache.layers, layers, strict=True):
+            layer.update(held.keys[rows, :, : len(part)], held.values[rows, :, : len(part)])
         return cache
 
     def _died(self, row: weakref.ref) -> None:

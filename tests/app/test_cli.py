@@ -214,6 +214,8 @@ def test_bad_questions_plans_models_and_settings(refused, sign, hires):
     assert "cannot be reached" in refused(*ask, QUESTION, "--model", "nobody/nothing")
     assert "temperature" in refused(*ask, QUESTION, "--model", hires, "--temperature", "-1")
     assert "--max-answer-tokens" in refused(*ask, QUESTION, "--model", hires, "--max-new-tokens", "5000")
+    assert "compiled" in refused(*ask, QUESTION, "--model", hires, "--decode", "fast")
+    assert "flash-attn" in refused(*ask, QUESTION, "--model", hires, "--attention", "flash")
     assert "float32" in refused(*ask, QUESTION, "--model", hires, "--dtype", "int3")
     assert "cpu" in refused(*ask, QUESTION, "--model", hires, "--device", "abacus")
     assert "max_prompt_tokens" in refused(*ask, QUESTION, "--model", hires, "--max-prompt-tokens", "5")

@@ -58,6 +58,25 @@ def test_the_command_prints_the_checks_and_exits_0(capsys):
     assert all(library in figures["versions"] for library in ("python 3", "torch 2", "transformers 5"))
 
 
+def test_compiled_decoding_is_looked_at_as_it_is_used(qwen):
+    """Injections are counted in plain steps, which can be watched; the answer that is recomputed is a compiled one."""
+    steps = []
+
+    def backend(program, inputs):
+        return lambda *given: steps.append(1) or program.forward(*given)
+
+    qwen.decode_by("compiled", backend)
+    checks = {check.name: check for check in diagnose(qwen)}
+    assert all(check.ok for check in checks.values()) and steps
+    assert "0 in 7 later steps" in checks["injections, prefill only"].figure
+    assert "compiled decoding: asked for" in checks["device and number format"].figure
+
+
+def test_a_compiled_step_that_is_wrong_is_found(qwen):
+    qwen.decode_by("compiled", lambda program, inputs: lambda *given: [program.forward(*given)[0].roll(1, -1)])
+    assert "cached decode equals recompute" in failed(qwen)
+
+
 def test_a_prompt_long_enough_to_be_taken_up_is_still_seen_in_full():
     engine = tiny.build(tiny.folder("hires"))
     engine.shortest_prefix = 8

@@ -75,3 +75,14 @@ def test_random_weights_from_the_command_line(small, capsys, monkeypatch):
     assert "answers are not" in outcome.text and "clients" in outcome.text
     assert main(["bench", "--random-weights", "nothing"]) == 2
     assert "no shape “nothing”" in capsys.readouterr().err
+
+
+def test_some_tables_alone(small, capsys):
+    command = ["bench", "--random-weights", "tiny", "--json", "--device", "cpu", "--only", "plans", "--only", "images"]
+    assert main(command) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert {"clients", "plans", "images"} & set(data["scaling"]) == {"plans", "images"}
+    assert not {"seconds", "ratios", "parts"} & set(data) and "plain decoding" in data["how"][-1]
+    assert main([*command[:-1], "everything"]) == 2
+    assert "clients" in capsys.readouterr().err
+    assert bench.TABLES == ("answer", "parts", "clients", "images", "plans")

@@ -9,6 +9,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from model.types import Sampling
 from tests import tiny
 
 PEOPLE = 32
-FAMILY = pytest.mark.parametrize("kind", ("hires", "qwen"))
+FAMILY = pytest.mark.parametrize("kind", ("hires", "qwen", "compiled"))
 SIZES = ((40, 32), (64, 16), (24, 48), (32, 32))
 PLANS = [
     "base@0,0@1,1@2,2@3", "base@0", "none", "base@0,0@1", "base@0,0@2*3", "base@1", "base@0,2@4*-1", "0@1,1@2,2@3",
@@ -38,6 +39,16 @@ def often():
     sys.setswitchinterval(usual / 100)
     yield
     sys.setswitchinterval(usual)
+
+
+@cache
+def engine_of(kind: str):
+    """A tiny engine; "compiled" is "qwen" whose lone steps are one program, run as torch.compile has traced it."""
+    if kind != "compiled":
+        return tiny.engine(kind)
+    engine = tiny.build(tiny.folder("qwen"))
+    engine.decode_by("compiled", lambda program, inputs: program.forward)
+    return engine
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,7 @@ def left_on(engine) -> dict:
         "training": sum(module.training for module in modules),
         "pass": instrument._ACTIVE.get(),
         "shared rows": (len(engine.together), engine.together.bytes, len(engine.together._asked)),
+        "seats": engine.compiled is not None and len(engine.compiled._all) - len(engine.compiled._free),
     }
 
 
@@ -135,7 +147,7 @@ def at_once(work: list) -> list:
 
 @FAMILY
 def test_thirty_two_people_get_what_each_would_get_alone(kind):
-    engine = tiny.engine(kind)
+    engine = engine_of(kind)
     asked = jobs(engine)
     alone = [run(engine, job) for job in asked]
     assert len({tuple(token.id for token in tokens) for tokens, _, _ in alone}) > PEOPLE / 2  # they differ at all
@@ -218,7 +230,7 @@ def attributed(engine, job: Job):
 
 @FAMILY
 def test_trouble_beside_a_request_changes_nothing_and_leaves_nothing(kind):
-    engine = tiny.engine(kind)
+    engine = engine_of(kind)
     asked = jobs(engine)
     trouble = [closed, dropped, raising, breaking, refused, nothing, attributed]
     ends = {raising: Broken, breaking: Broken, refused: UserError}

@@ -305,7 +305,7 @@ def test_bfloat16_runs_near_float32(kind):
 
 def test_a_model_says_what_it_holds():
     engine = tiny.engine("qwen")
-    engine.cache.clear()
+    engine.forget()
     weights = sum(p.numel() * 4 for p in engine.model.parameters())
     assert weights <= engine.memory_bytes < weights + 10_000  # tied embeddings once, plus small buffers
     engine.see(prompt_of("qwen"))

@@ -1,6 +1,8 @@
 """What injection does to the residual stream, what recording reads from it, and that neither leaves anything behind."""
 
+import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -325,8 +327,52 @@ def test_gains_of_a_batch_are_per_row():
 @FAMILY
 def test_only_the_language_model_uses_the_recording_attention(kind):
     engine = tiny.engine(kind)
-    assert engine.adapter.decoder.config._attn_implementation == ATTENTION
+    assert engine.adapter.decoder.config._attn_implementation == ATTENTION["sdpa"]
     assert engine.model.config.vision_config._attn_implementation == "sdpa"
+
+
+def reference_flash_attn(query, key, value, *, softmax_scale, causal):
+    """What flash-attn's documentation says its function does, slowly: [B, T, H, hd], causal at the lower right."""
+    groups = query.shape[2] // key.shape[2]
+    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * softmax_scale
+    if causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+        scores = scores.masked_fill(~seen, -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+@FAMILY
+@pytest.mark.parametrize("way", ["eager", "flash"])
+def test_other_attention_gives_the_same_answers_and_rows(kind, way, monkeypatch):
+    """Prefill, prefix, decoding, batch, trace. flash-attn does not run on a CPU: its function is written out here."""
+    engine, used = tiny.build(tiny.folder(kind)), []
+    engine.shortest_prefix = 1
+    prompt, sampling = engine.prompt(tiny.ask(tiny.image(1), "Read the sign.")), Sampling(max_new_tokens=5)
+    plans = [engine.layout.default, Plan.parse("base@0")]
+
+    def look():
+        engine.forget()
+        answers = [*engine.answer_many(prompt, plans, sampling), engine.answer(prompt, plans[0], sampling)]
+        answers.append(engine.answer(prompt, plans[1], sampling))  # goes on from before the image
+        return answers, engine.replay(prompt, answers[0], plans[0], Probe(attention=(AttentionWish((1,), (20,)),)))
+
+    def flash(query, key, value, **how):
+        used.append(query.shape[1])
+        return reference_flash_attn(query, key, value, **how)
+
+    wanted, trace = look()
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=flash))
+    engine.adapter.decoder.set_attn_implementation(ATTENTION[way])
+    found, other = look()
+    assert engine.adapter.decoder.config._attn_implementation == ATTENTION[way]
+    for one, two in zip(found, wanted, strict=True):
+        assert [t.id for t in one.tokens] == [t.id for t in two.tokens]
+        assert [t.logprob for t in one.tokens] == pytest.approx([t.logprob for t in two.tokens], abs=1e-5)
+    assert np.allclose(other.attention[1], trace.attention[1], atol=1e-6)
+    whole = (prompt.input_ids.shape[1], other.residual_rms.shape[1])
+    assert set(used) == ({1, *whole} if way == "flash" else set())
 
 
 # ---- layers on several devices

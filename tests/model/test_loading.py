@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from model import loading
 from model.engine import choose_threads
 from model.errors import UserError
-from model.loading import Zoo, choose_device, choose_dtype, find, hub_sentence, load
+from model.instrument import ATTENTION
+from model.loading import Zoo, choose_attention, choose_device, choose_dtype, find, hub_sentence, load
 from model.plan import Plan
 from model.types import Sampling
 from tests import tiny
@@ -210,6 +211,32 @@ def test_the_number_format_comes_with_its_reason():
         choose_dtype("int4", cpu, 1)
 
 
+def test_attention_comes_with_its_reason(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert choose_attention(None, cpu, torch.float32) == ("sdpa", "sdpa attention: PyTorch's own")
+    assert "flash kernels of its own" in choose_attention("auto", cuda, torch.bfloat16)[1]
+    assert choose_attention("eager", cpu, torch.float32)[0] == "eager"
+    with pytest.raises(UserError, match="“fast” is not known; use one of auto, sdpa, flash, eager"):
+        choose_attention("fast", cpu, torch.float32)
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs the package flash-attn, which is not installed"):
+        choose_attention("flash", cuda, torch.bfloat16)
+    monkeypatch.setattr(loading, "find_spec", lambda name: name)
+    assert choose_attention("flash", cuda, torch.bfloat16)[0] == "flash"
+    for device, dtype in ((cpu, torch.bfloat16), (cuda, torch.float32)):
+        with pytest.raises(UserError, match="runs on a CUDA GPU in bfloat16 or float16, not on c"):
+            choose_attention("flash", device, dtype)
+
+
+def test_how_a_model_runs_is_said_and_a_wish_that_cannot_be_is_one_sentence():
+    engine = load(str(tiny.folder("hires")), device="cpu", attention="eager", decode="plain")
+    assert engine.reasons[3:] == ("eager attention: asked for; slow, all scores at once", "plain decoding: asked for")
+    assert engine.adapter.decoder.config._attn_implementation == ATTENTION["eager"] and engine.compiled is None
+    for how in ({"attention": "fast"}, {"decode": "fast"}):
+        with pytest.raises(UserError, match="“fast” is not known"):
+            load(str(tiny.folder("hires")), device="cpu", **how)
+
+
 def test_split_without_a_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)  # where there is a GPU, too
     with pytest.raises(UserError, match="split spreads a model over the GPUs, and none was found"):
@@ -262,11 +289,15 @@ def test_small_models_compute_with_one_thread_and_leave_the_callers_number_alone
 
 def test_the_zoo_loads_each_model_once_however_many_ask():
     name = str(tiny.folder("hires"))
-    zoo = Zoo([name, str(tiny.folder("qwen")), name])
+    zoo = Zoo([name, str(tiny.folder("qwen")), name], device="cpu", attention="eager", decode="plain")
     assert zoo.offered == (name, str(tiny.folder("qwen"))) and zoo.default == name and zoo.loaded() == []
     with ThreadPoolExecutor(8) as pool:
         engines = list(pool.map(lambda _: zoo.get(name), range(8)))
     assert len({id(engine) for engine in engines}) == 1
+    assert engines[0].reasons[-2:] == (
+        "eager attention: asked for; slow, all scores at once",
+        "plain decoding: asked for",
+    )
     [(loaded, held, device)] = zoo.loaded()
     assert (loaded, device) == (name, "cpu") and held == engines[0].memory_bytes
 

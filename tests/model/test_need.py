@@ -3,13 +3,11 @@
 import json
 import subprocess
 import sys
-import weakref
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from app.peak import Peak
 from model.errors import OutOfMemory, UserError, is_out_of_memory
 from model.need import CACHE, IMAGE, KEPT, LAYER, LOGITS, of_answer, of_pass
 from model.plan import Plan
@@ -19,32 +17,6 @@ from tests import families, tiny
 
 FAMILY = pytest.mark.parametrize("kind", ("hires", "qwen"))
 LONG = {"hires": 80, "qwen": 600}  # words
-
-
-class Peak(TorchDispatchMode):
-    """The most bytes of tensors made inside it that were alive at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = 0
-        self._seen = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(found):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in given | self._seen:
-                    self._seen.add(storage._cdata)
-                    self.now += storage.nbytes()
-                    self.most = max(self.most, self.now)
-                    weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
-        return found
-
-    def _gone(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.now -= size
 
 
 def long_prompt(kind: str, size=(64, 64)):
