@@ -16,6 +16,7 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HOME"] = _CACHE
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GRADIO_TEMP_DIR"] = str(Path(_CACHE) / "gradio")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(_CACHE) / "inductor")
 
 from tests import offline  # noqa: E402  (the environment comes first)
 
