@@ -92,16 +92,19 @@ def _search(options: argparse.Namespace) -> Outcome:
                 lab.forget(job, search.home(workdir))
 
         def climb(left: list[lab.Job], until: int) -> list[dict]:
-            log(f"{len(left)} runs up to step {until:,}")
-            given = [(job, workdir, device, until) for job in left]
-            said = dict(many.through_ray(search.climb, given, options.ray, device == "cuda", progress))
-            for number, each in said.items():
+            scores = [search.ranked(job, workdir, until) for job in left]
+            todo = [number for number, each in enumerate(scores) if each is None]
+            log(f"step {until:,}: {len(left)} runs, {len(left) - len(todo)} of them there already")
+            given = [(left[number], workdir, device, until) for number in todo]
+            runs = many.through_ray(search.climb, given, options.ray, device == "cuda", progress) if given else ()
+            for place, each in runs:
                 if isinstance(each, many.Died):
                     raise UserError(
-                        f"{left[number].name} died {many.RETRIES + 1} times ({each}); the same command goes on from "
-                        "its last checkpoint."
+                        f"{left[todo[place]].name} died {many.RETRIES + 1} times ({each}); the same command goes on "
+                        "from its last checkpoint."
                     )
-            return [said[number] for number in range(len(left))]
+                scores[todo[place]] = each
+            return scores
 
         found = search.halve(jobs, rungs, climb)
         winner, known = found.winner, {results.key_of(each) for _, each in results.lines(file)}

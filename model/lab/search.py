@@ -117,13 +117,19 @@ def home(workdir: Path) -> Path:
     return workdir / "lab" / "search"
 
 
+def ranked(job: Job, workdir: Path, until: int) -> dict | None:
+    """What a candidate scored at this step; None where it has not been there."""
+    said = job.folder(home(workdir)) / f"rung-{until}.json"
+    return json.loads(said.read_text()) if said.exists() else None
+
+
 def climb(job: Job, workdir: Path, device: str | None, until: int, progress=None) -> dict:
     """Train one candidate up to a step, from where it was; what it scores on the validation scenes then. Steps that
     were lost in a kill are trained again, and not counted."""
+    if there := ranked(job, workdir, until):
+        return there
     folder = job.folder(home(workdir))
     said = folder / f"rung-{until}.json"
-    if said.exists():
-        return json.loads(said.read_text())
     if (folder / "last.pt").exists() and torch.load(folder / "last.pt", weights_only=True)["step"] > until:
         lab.forget(job, home(workdir))  # it went on without having been ranked here
 

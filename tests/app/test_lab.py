@@ -85,6 +85,7 @@ def test_runs_go_through_ray_and_are_written_once(said, tmp_path, monkeypatch):
     assert file.read_text().splitlines() == lines
 
 
+@pytest.mark.timeout(900)  # Ray starts five times, each in a minute where the machine is busy
 def test_a_search_spends_its_budget_and_meets_the_rule_of_thumb(said, tmp_path, monkeypatch):
     """Two candidates, the better goes on; it and the rule are tested; a second call finds all done."""
     monkeypatch.setitem(lab.SIZES, "tiny", TINY)
