@@ -484,7 +484,7 @@ def test_gradients_reach_everything_and_the_tower_where_it_is_tuned(made, featur
     (logits.square().mean() + result.seen.square().mean()).backward()
     for label, parameter in twin.named_parameters():
         if not label.startswith("heads.") and "post_layernorm" not in label:  # of the pooled token, which none reads
-            reached = variant.tuned or "vision_tower" not in label
+            reached = "vision_tower" not in label or label.endswith((".up", ".down"))  # of the tower its changes alone
             assert (parameter.grad is not None) == reached, label
     twin.zero_grad()
 
