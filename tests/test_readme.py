@@ -107,6 +107,15 @@ def test_every_checkpoint_has_results() -> None:
         assert f"| `{name}` |" in readme.results_table(), f"assets/checkpoints/{name}/results.json is missing or empty"
 
 
+def test_every_shipped_variant_is_of_a_run_in_the_results() -> None:
+    assets = readme.ROOT / "assets"
+    records = [json.loads(line) for line in (assets / "lab" / "results.jsonl").read_text().splitlines()]
+    made = {path.parent.name: json.loads(path.read_text()) for path in assets.glob(f"checkpoints/{LAB}*/recipe.json")}
+    assert {"lab-dummy", "lab-string", "lab-stack-grid"} <= set(made)
+    for name, recipe in made.items():
+        assert recipe in records and name == f"{LAB}{recipe['variant']}", f"ship {name} again"
+
+
 def test_every_checkpoint_is_small() -> None:
     for path in (readme.ROOT / "assets" / "checkpoints").glob("*/model.safetensors"):
         most = 4_000_000 if path.parent.name.startswith("lab-") else 16_000_000
