@@ -34,6 +34,7 @@ OMNI = "qwen3_omni_moe"
 KINDS = [kind for kind, entry in ENTRIES.items() if entry.family in READS and kind not in BLOCKS]
 SHEET = read_image(video(23, 8, (96, 64)))[0]  # five frames: the last is read twice
 ASKED = tiny.ask(SHEET, "What moves?")
+SLOWER = read_image(video(23, 4, (96, 64)))[0]  # twice as long, twice as many frames
 
 
 def patches(frames: list[Image.Image], patch: int = 8, merge: int = 2) -> torch.Tensor:
@@ -156,7 +157,7 @@ def test_a_video_in_one_block_is_read_as_transformers_reads_it(kind, still):
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_what_transformers_is_given_for_a_video_runs_the_same_plan(kind):
     loaded = reader(kind)
-    for prompt in (loaded.prompt(tiny.ask(SHEET, "?")), loaded.prompt(tiny.ask(tiny.image(1), SHEET, SHEET, "?"))):
+    for prompt in (loaded.prompt(tiny.ask(SHEET, "?")), loaded.prompt(tiny.ask(tiny.image(1), SHEET, SLOWER, "?"))):
         inputs, plan = loaded.adapter.plain_inputs(prompt)
         with torch.no_grad():
             theirs = loaded.model(**inputs).logits[0]
@@ -173,9 +174,9 @@ def test_frames_lie_as_far_apart_as_in_time():
     assert found["qwen2_vl"] == [start, start + 1, start + 2]
     assert found["qwen2_5_vl"] == [start, start + 4, start + 9]
     assert found[OMNI] == pytest.approx([start, start + 14.95, start + 29.9], abs=1e-5)
-    slower = engine("qwen2_5_vl").prompt(tiny.ask(read_image(video(23, 4, (96, 64)))[0], "What moves?"))
+    slower = engine("qwen2_5_vl").prompt(tiny.ask(SLOWER, "What moves?"))
     times = [int(slower.extra["position_ids"][0, 0, grid.positions[0]]) for grid in slower.grids]
-    assert len(times) == 6 and times[1] - times[0] == 4  # twice as long, twice as many frames
+    assert len(times) == 6 and times[1] - times[0] == 4
 
 
 @pytest.fixture
@@ -269,9 +270,8 @@ def test_the_frames_share_the_budget_of_the_whole_video():
 
 def test_equal_pictures_at_other_times_are_another_video():
     loaded = engine("qwen3_vl")
-    slower = read_image(video(23, 4, (96, 64)))[0]
-    keys = {loaded.prompt(tiny.ask(sheet, "?")).extra["image_keys"] for sheet in (SHEET, slower, SHEET)}
-    assert len(keys) == 2 and clip_of(slower).seconds != clip_of(SHEET).seconds
+    keys = {loaded.prompt(tiny.ask(sheet, "?")).extra["image_keys"] for sheet in (SHEET, SLOWER, SHEET)}
+    assert len(keys) == 2 and clip_of(SLOWER).seconds != clip_of(SHEET).seconds
 
 
 @pytest.mark.parametrize("kind", [kind for kind, entry in ENTRIES.items() if entry.family not in READS])
