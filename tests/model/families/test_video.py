@@ -2,7 +2,7 @@
 
 The patches are put together here, value by value, as transformers' video processor has them. (With torchvision
 installed that processor, and its prompt, give the same: tokens equal, pixels within one step of 8 bits after a
-resize.) Run: pytest tests/model/families/test_video.py
+resize, two where Qwen3-Omni enlarges small frames.) Run: pytest tests/model/families/test_video.py
 """
 
 import json
