@@ -116,7 +116,7 @@ def again(
 def _checked(desk: Desk, asked: Asked) -> Asked:
     """Itself; UserError where it is too long, or needs more memory than it may take or there is."""
     check_prompt(asked.prompt.input_ids.shape[1], desk.limits)
-    of_answer(asked.engine, asked.prompt, 1, asked.sampling.max_new_tokens).check(asked.engine)
+    of_answer(asked.engine, asked.prompt, [asked.plan], asked.sampling.max_new_tokens).check(asked.engine)
     return asked
 
 

@@ -204,7 +204,7 @@ def ask(options: argparse.Namespace) -> Outcome:
     engine = load_from(options.model, options)
     plan = plan_from(options.plan, engine)
     prompt = prompt_from(engine, messages, limits)
-    need = of_answer(engine, prompt, 1, sampling.max_new_tokens)
+    need = of_answer(engine, prompt, [plan], sampling.max_new_tokens)
     need.check(engine)
     introduce(engine, notes)
     log(f"this needs {need.in_words()}")

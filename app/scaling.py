@@ -105,7 +105,7 @@ def images(engine: Engine) -> list[dict]:
         row = {"asked": wanted, "refused": ""}
         try:
             prompt = _prompt(engine, pictures(engine, wanted), "What does the sign say?")
-            need = of_answer(engine, prompt, 1, TOKENS)
+            need = of_answer(engine, prompt, [_plan(engine, 0)], TOKENS)
             need.check(engine)
             made, peak = [], []
             for _ in range(ROUNDS):
@@ -138,7 +138,7 @@ def plans(engine: Engine) -> list[dict]:
     for count in PLANS:
         batch = [_plan(engine, i) for i in range(count)]
         try:
-            of_answer(engine, prompt, count, TOKENS).check(engine)
+            of_answer(engine, prompt, batch, TOKENS).check(engine)
             times = [
                 _timed(engine, lambda batch=batch: engine.answer_many(prompt, batch, _whole()))[0]
                 for _ in range(ROUNDS)

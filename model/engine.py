@@ -411,7 +411,7 @@ class Engine:
         ids = _ids(answer.tokens)
         length = prompt.input_ids.shape[1] + len(ids)
         self._check(probe, length)
-        of_pass(self, prompt, 1, len(ids), probe).check(self)
+        of_pass(self, prompt, [plan], len(ids), probe).check(self)
         image = self._image_positions(prompt)
         kept = image if probe.hidden_rows == "image" else torch.arange(length, device=self.device)
         recorder = TraceRecorder(probe, image, kept, self.layout.n_layers)
@@ -454,10 +454,11 @@ class Engine:
         effect = np.zeros((len(names), self.layout.n_layers + 1), dtype=np.float32)
         if not used or not prompt.images:
             return effect
-        of_pass(self, prompt, 1 + len(used), 0).check(self)
+        plans = [plan, *(plan.without(name) for name in used)]
+        of_pass(self, prompt, plans, 0).check(self)
         recorder = EffectRecorder(self._image_positions(prompt))
         with torch.no_grad(), self._device():
-            self._run(prompt, [plan, *(plan.without(name) for name in used)], (), recorder=recorder)
+            self._run(prompt, plans, (), recorder=recorder)
             found = torch.stack(recorder.effect, dim=1).cpu().numpy()  # [used, L+1]
         for row, name in zip(found, used, strict=True):
             effect[names.index(name)] = row
@@ -468,7 +469,7 @@ class Engine:
         ids = _ids(answer)
         for plan in plans:
             plan.validate(self.layout)
-        of_pass(self, prompt, len(plans), len(ids)).check(self)
+        of_pass(self, prompt, plans, len(ids)).check(self)
         with torch.no_grad(), self._device():
             return self._chosen(self._run(prompt, plans, ids), ids)
 
@@ -505,7 +506,7 @@ class Engine:
         """
         ids = _ids(answer)
         rows = len(row_gains) if row_gains.ndim == 3 else 1
-        of_pass(self, prompt, rows, len(ids), grad=torch.is_grad_enabled()).check(self)
+        of_pass(self, prompt, [plan] * rows, len(ids), grad=torch.is_grad_enabled()).check(self)
         names = [source.name for source in self.layout.rows_for(plan)]
         seen = self.see(prompt, plan).features  # of the sources in the plan: the others play no part
         features = self._stacked(prompt, names, seen) * row_gains.to(self.device, self.dtype)[..., None]
@@ -710,7 +711,7 @@ class Generation:
         self.rows = [_Row(p, TextStream(engine.tokenizer), g) for p, g in zip(plans, draws, strict=True)]
         self._live = list(range(len(plans)))  # rows of the batch, in order
         self._limit = min(sampling.max_new_tokens, engine.max_tokens - prompt.input_ids.shape[1])
-        need = of_answer(engine, prompt, len(plans), sampling.max_new_tokens)
+        need = of_answer(engine, prompt, plans, sampling.max_new_tokens)
         need.check(engine)
         self._part = Part(most=prompt.input_ids.shape[1] + self._limit if SEAT in need.parts else 0)
         self._made = 0

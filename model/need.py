@@ -1,18 +1,22 @@
 """How much memory a request will take beside the weights, estimated before it runs; refused where there is not enough.
 
 An upper estimate from shapes alone, of what lives at once at the worst moment: for each row of the batch the keys and
-values of all its tokens, the widest moment of one layer, the logits; the vision tower on the largest image; the
-attention rows and hidden states that a probe keeps. Measured on tiny models it is 1 to 4 times what is really taken.
-Knows nothing about pages.
+values of all its tokens, the widest moment of one layer, the logits; as much of the vision tower as the plans want, on
+the largest image; the attention rows and hidden states that a probe keeps. Measured on tiny models it is 1 to 4 times
+what is really taken. Knows nothing about pages.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from transformers import PreTrainedConfig
+
 from model.errors import UserError
 from model.loading import free_memory, gigabytes
+from model.plan import BASE, Plan
 from model.probe import Probe
 from model.prompt import Prompt
 
@@ -63,8 +67,8 @@ class Need:
         raise UserError(f"This needs {self.in_words()}, but {why}. Use {' or '.join(ways)}.")
 
 
-def of_answer(engine: Engine, prompt: Prompt, plans: int, new_tokens: int) -> Need:
-    """Of answers under so many plans at once, each of up to so many tokens.
+def of_answer(engine: Engine, prompt: Prompt, plans: Sequence[Plan], new_tokens: int) -> Need:
+    """Of answers under these plans at once, each of up to so many tokens.
 
     Where steps are compiled and there is room for their buffers, these are among its parts; else it decodes plainly.
     """
@@ -72,19 +76,24 @@ def of_answer(engine: Engine, prompt: Prompt, plans: int, new_tokens: int) -> Ne
     tokens = min(length + new_tokens, engine.max_tokens)
     text, attends = _text(engine), len(engine.layout.attention_layers)
     keys = 2 * _heads(text)[1] * _heads(text)[2] * engine.dtype.itemsize  # bytes of one token in one layer
-    cache = plans * tokens * keys * (attends + 1)  # one layer's twice: it is copied while it grows
+    cache = len(plans) * tokens * keys * (attends + 1)  # one layer's twice: it is copied while it grows
     need = _need(engine, prompt, plans, length, outputs=1, cache=cache)
     if engine.compiled is None:
         return need
-    rows, positions = engine.compiled.room(plans, tokens)
+    rows, positions = engine.compiled.room(len(plans), tokens)
     seated = replace(need, parts={**need.parts, SEAT: rows * positions * keys * attends})
     return seated if seated.bytes <= min(engine.max_memory, free_memory(engine.device)) else need
 
 
 def of_pass(
-    engine: Engine, prompt: Prompt, rows: int, answer_tokens: int, probe: Probe | None = None, grad: bool = False
+    engine: Engine,
+    prompt: Prompt,
+    plans: Sequence[Plan],
+    answer_tokens: int,
+    probe: Probe | None = None,
+    grad: bool = False,
 ) -> Need:
-    """Of one pass over prompt and answer in so many batch rows, and of what a probe keeps of it.
+    """Of one pass over prompt and answer, a batch row for each of the plans, and of what a probe keeps of it.
 
     With `grad` every layer's numbers stay until the gradient has been taken.
     """
@@ -99,14 +108,14 @@ def of_pass(
     if probe is not None:
         hidden = prompt.visual_tokens if probe.hidden_rows == "image" else length
         kept += len(set(probe.hidden)) * hidden * engine.layout.hidden_size * FULL
-    return _need(engine, prompt, rows, length, outputs=answer_tokens, kept=kept, grad=grad)
+    return _need(engine, prompt, plans, length, outputs=answer_tokens, kept=kept, grad=grad)
 
 
 def _need(
-    engine: Engine, prompt: Prompt, rows: int, length: int, *, outputs: int, cache: int = 0, kept: int = 0,
+    engine: Engine, prompt: Prompt, plans: Sequence[Plan], length: int, *, outputs: int, cache: int = 0, kept: int = 0,
     grad: bool = False,
 ) -> Need:  # fmt: skip
-    text, item = _text(engine), engine.dtype.itemsize
+    text, item, rows = _text(engine), engine.dtype.itemsize, len(plans)
     width, (heads, groups, head) = engine.layout.hidden_size, _heads(text)
     inner = _inner(text)
     attention = (4 * heads + 4 * groups) * head  # queries, keys, values: as they are, rotated, repeated
@@ -121,22 +130,20 @@ def _need(
     visual = prompt.visual_tokens * width * item
     layer += visual * (len(engine.layout.sources) + 3 * rows)  # what is injected, scaled and summed per row
     logits = rows * outputs * text.vocab_size * (item + 2 * FULL)
-    parts = {CACHE: cache, LAYER: layer, LOGITS: logits, IMAGE: _tower(engine, prompt), KEPT: kept}
+    parts = {CACHE: cache, LAYER: layer, LOGITS: logits, IMAGE: _tower(engine, prompt, plans), KEPT: kept}
     return Need(parts, bool(prompt.images), rows)
 
 
-def _tower(engine: Engine, prompt: Prompt) -> int:
+def _tower(engine: Engine, prompt: Prompt, plans: Sequence[Plan]) -> int:
     """Bytes of the vision tower on the image with the most rows; images go through it one by one."""
     vision = getattr(engine.model.config, "vision_config", None)
-    if vision is None or not prompt.grids:
+    views = _views(engine, plans)
+    if vision is None or not prompt.grids or not views:
         return 0
     rows = [0] * len(prompt.images)
     for grid in prompt.grids:
         rows[grid.index] += len(grid.positions)
-    merged = getattr(vision, "spatial_merge_size", 1) ** 2
-    views = (
-        sum(source.tap is None for source in engine.layout.all_sources) or 1
-    )  # samples of a larger view are tiles more
+    merged = _patches_a_row(engine, vision)
     patches = max(rows) * merged * views
     width = vision.hidden_size
     inner = getattr(vision, "intermediate_size", 4 * width)
@@ -146,6 +153,26 @@ def _tower(engine: Engine, prompt: Prompt) -> int:
     original = max(image.width * image.height for image in prompt.images) * 3 * (1 + FULL)
     taps = len(engine.layout.sources) * max(rows) * engine.layout.hidden_size * engine.dtype.itemsize
     return working + merging + original + taps
+
+
+def _patches_a_row(engine: Engine, vision: PreTrainedConfig) -> int:
+    """Patches of the vision tower behind one visual row, which its merger or what projects a tile makes into one."""
+    side = getattr(engine.adapter, "side", None)  # visual rows along a tile, in families that cut into tiles
+    return (vision.image_size // vision.patch_size // side if side else vision.spatial_merge_size) ** 2
+
+
+def _views(engine: Engine, plans: Sequence[Plan]) -> int:
+    """How many times an image's rows go through the vision tower for these plans.
+
+    Taps come out of the run that makes the base. Samples of a larger view are tiles of their own, all of them where one
+    is wanted. Nothing is looked at where nothing enters the LLM.
+    """
+    entries = {entry for plan in set(plans) for entry in plan}
+    if all(entry.in_tower for entry in entries):
+        return 0
+    wanted = {entry.source for entry in entries}
+    samples = {source.name for source in engine.layout.all_sources if source.tap is None and source.name != BASE}
+    return (len(samples) if wanted & samples else 0) + bool(wanted - samples)
 
 
 def _text(engine: Engine):

@@ -46,7 +46,7 @@ class Wanted:
     """The next token of each of a request's answers: what was said last, where it stands, how it is chosen."""
 
     ids: list[int]  # [K]
-    position: int
+    position: int | float  # a float where the family's position ids are
     axes: tuple[int, ...]  # leading axes of the model's position ids: () or (3,)
     sampling: Sampling
     draws: list[torch.Generator | None]  # [K]

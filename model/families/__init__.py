@@ -156,8 +156,10 @@ class Family(ABC):
     @abstractmethod
     def positions(
         self, input_ids: Tensor, grids: Sequence[ImageGrid], images: Sequence[Image.Image]
-    ) -> tuple[Tensor, int]:
+    ) -> tuple[Tensor, int | float]:
         """Position ids [..., 1, T] of a prompt as transformers computes them, and the next token's position.
+
+        Whole numbers, int64; where the model itself stands between them, float32 and a float.
 
         grids: where every region of every image lies, in order.
         """

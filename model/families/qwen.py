@@ -31,6 +31,7 @@ from model.plan import BASE, TAP, Plan
 from model.prompt import Prompt
 from model.types import ImageGrid, Message, Region, View
 
+CONTEXT = 128_000  # tokens, of which a whole video in one block takes nine tenths at most
 VIDEO = "<|video_pad|>"  # what the released templates write for a video, inside the tokens that enclose an image
 PROCESSORS_FILE = "processor_config.json"  # of a folder that transformers 5 wrote: all its processors in one
 VIDEO_FILE = "video_preprocessor_config.json"
@@ -46,7 +47,8 @@ class Qwen(Family):
 
     model_class: str  # of transformers: "Qwen3VLForConditionalGeneration"
     processor_class = "Qwen2VLImageProcessorPil"
-    video_files: tuple[str, ...] = (VIDEO_FILE,)  # where a folder says how large a video may be, the first that it has
+    # Where a folder says how large a video may be: the first that it has and that says so.
+    video_files: tuple[str, ...] = (PROCESSORS_FILE, VIDEO_FILE)
     video_size: Mapping[str, int] = VIDEO_SIZE  # how large where it says nothing
     needs = "a folder or hub id in the released format; no torchvision needed for images"
 
@@ -191,12 +193,12 @@ class Qwen(Family):
 
     def positions(
         self, input_ids: Tensor, grids: Sequence[ImageGrid], images: Sequence[Image.Image]
-    ) -> tuple[Tensor, int]:
+    ) -> tuple[Tensor, int | float]:
         length = input_ids.shape[1]
         if not grids:
             return torch.arange(length).expand(3, 1, length), length
         ids, delta = self._rope(input_ids, self._shapes(input_ids, grids, images))
-        return ids, length + int(delta)
+        return ids, length + delta.item()
 
     def _rope(self, input_ids: Tensor, shapes: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """transformers' own position ids [3, 1, T] and their offset."""
@@ -220,9 +222,73 @@ class Qwen(Family):
         return inputs, self.layout.default
 
 
+class OneBlock(Qwen):
+    """What the families share to which a video is one block of tokens, without times between its frames.
+
+    Where its frames lie in time their positions say, as the model's own code makes them of `_timing`. Each frame has a
+    budget of its own, where Qwen3-VL's share one.
+    """
+
+    video_size = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}  # of a frame
+
+    def _frame_size(self, frames: int, height: int, width: int, factor: int) -> tuple[int, int]:
+        """(height, width) of a video's frames after the resize, pixels, as Qwen's own code has it (qwen-vl-utils).
+
+        A frame has a budget, and an even share of the whole video's; transformers' video processor has that as
+        `cap_pixels_per_frame`. ValueError for a frame longer than 200:1.
+        """
+        size = self.processor.video_size
+        share = int(CONTEXT * factor * factor * 0.9) * self.processor.temporal_patch_size // frames
+        most = max(min(size["longest_edge"], share), int(1.05 * size["shortest_edge"]))
+        return smart_resize(height, width, factor=factor, min_pixels=size["shortest_edge"], max_pixels=most)
+
+    def image_text(self, image: Image.Image, alone: bool = True) -> str:
+        return Family.image_text(self, image, alone)  # of a video too
+
+    def _shapes(
+        self, input_ids: Tensor, grids: Sequence[ImageGrid], images: Sequence[Image.Image]
+    ) -> dict[str, Tensor]:
+        """As Qwen3-VL's; a video is one shape, with its token type and how many seconds go by between two grids."""
+        merge = self.processor.merge_size
+        types = (input_ids == self.image_token_id).int()
+        found: dict[str, list] = {}
+        for index, image in enumerate(images):
+            own = [grid for grid in grids if grid.index == index]
+            shape = [len(own), own[0].grid[0] * merge, own[0].grid[1] * merge]
+            if (clip := clip_of(image)) is None:
+                found.setdefault("image_grid_thw", []).append(shape)
+                continue
+            found.setdefault("video_grid_thw", []).append(shape)
+            for name, value in self._timing(clip).items():
+                found.setdefault(name, []).append(value)
+            for grid in own:
+                types[0, grid.positions] = 2
+        return {"mm_token_type_ids": types, **{name: torch.tensor(values) for name, values in found.items()}}
+
+    def _timing(self, clip: Clip) -> dict[str, float]:
+        """What the model is told of a video's time."""
+        return {}
+
+    def _own_ids(self, ids: Tensor, types: Tensor) -> Tensor:
+        """The ids [1, T] as transformers reads them: video tokens where a video lies."""
+        return ids.masked_fill(types == 2, self.model.config.video_token_id)
+
+    def plain_inputs(self, prompt: Prompt) -> tuple[dict[str, Tensor], Plan]:
+        inputs, plan = super().plain_inputs(prompt)
+        videos = inputs["mm_token_type_ids"] == 2
+        if videos.any():
+            inputs["input_ids"] = self._own_ids(inputs["input_ids"], inputs["mm_token_type_ids"])
+            del inputs["pixel_values"]
+            for name, is_video in (("pixel_values", False), ("pixel_values_videos", True)):
+                seen = [self.pixels(image) for image in prompt.images if (clip_of(image) is not None) == is_video]
+                if seen:
+                    inputs[name] = torch.cat([each["pixel_values"] for each in seen])
+        return inputs, plan
+
+
 def video_size(source: str, hub: Mapping[str, Any], files: Sequence[str], usual: Mapping[str, int]) -> dict[str, int]:
     """Pixels of a video, least and most, as the first of `files` that a folder or hub id has says; else the usual."""
-    for file in (PROCESSORS_FILE, *files):
+    for file in files:
         path = cached_file(source, file, _raise_exceptions_for_missing_entries=False, **hub)
         said = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
         if file == PROCESSORS_FILE:

@@ -22,6 +22,7 @@ from model.images import read_image
 from model.plan import Plan
 from model.types import Sampling
 from tests import families, tiny
+from tests.model.families.test_video import reader
 from tests.videos import video
 
 QUESTION = "What does the sign say?"
@@ -399,14 +400,17 @@ def test_a_fault_inside_the_tower_is_not_guessed_at_on_other_pixels(tmp_path):
     assert kinds == ["pixels", "tower"]
 
 
-@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen2_5_vl", "qwen3_omni_moe"])
 def test_the_record_of_a_video_is_read_as_a_video(kind, tmp_path):
-    engine = families.engine(kind)
+    engine = reader(kind)
     prompt = engine.prompt(tiny.ask(read_image(video())[0], QUESTION))
     golden = record(engine, prompt, engine.layout.default, [5, 6])
     golden.about["question"] = QUESTION
     write(golden, tmp_path)
-    assert judged(engine, read(tmp_path)).ok
+    theirs = read(tmp_path)
+    assert judged(engine, theirs).ok and theirs.position_ids.dtype == prompt.extra["position_ids"].numpy().dtype
+    theirs.position_ids[..., -1] += 1
+    assert "positions" in [finding.kind for finding in judged(engine, theirs).findings]
     about = json.loads((tmp_path / "golden.json").read_text())
     about["images"][0]["frames"]["seconds"].append(9.0)
     about["images"][0]["frames"]["columns"] = 3

@@ -44,7 +44,7 @@ def test_every_row_is_there(kind, small):
 def test_what_has_no_room_is_a_row_with_the_reason(small, monkeypatch):
     engine = tiny.engine("qwen")
     prompt = scaling._prompt(engine, scaling.pictures(engine, 4), "What does the sign say?")
-    monkeypatch.setattr(engine, "max_memory", of_answer(engine, prompt, 1, 4).bytes)
+    monkeypatch.setattr(engine, "max_memory", of_answer(engine, prompt, [engine.layout.default], 4).bytes)
     rows = {"clients": [], "images": scaling.images(engine), "plans": scaling.plans(engine)}
     assert [bool(row["refused"]) for row in rows["images"]] == [False, True]
     assert "max_memory" in rows["images"][1]["refused"] and "fewer plans" in rows["plans"][1]["refused"]

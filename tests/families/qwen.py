@@ -137,6 +137,7 @@ def qwen3_omni_moe_folder(path: Path, taps: tuple[int, ...] = (0, 1, 2), layers:
         },
         audio_token_id=tokenizer.token_to_id("<|audio_pad|>"),
         audio_start_token_id=tokenizer.token_to_id("<|audio_start|>"),
+        position_id_per_seconds=13,  # as released; 25 where a config says nothing
         **tiny.qwen_tokens(tokenizer),
     )
     tiny.save_qwen(path, Qwen3OmniMoeThinkerForConditionalGeneration(config), tokenizer, seed=2)

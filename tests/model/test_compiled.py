@@ -264,7 +264,7 @@ def test_whoever_finds_no_seat_decodes_plainly(pair, monkeypatch):
 
 def test_buffers_are_part_of_the_estimate_and_left_out_where_they_do_not_fit(pair, monkeypatch):
     prompt, sampling = pair.prompt(), Sampling(max_new_tokens=5)
-    need, plain = of_answer(pair.engine, prompt, 1, 5), of_answer(pair.plain, prompt, 1, 5)
+    need, plain = (of_answer(engine, prompt, PLANS[:1], 5) for engine in (pair.engine, pair.plain))
     pair.engine.forget()
     pair.engine.answer(prompt, PLANS[0], sampling)
     (seat,) = pair.engine.compiled._free
@@ -272,7 +272,7 @@ def test_buffers_are_part_of_the_estimate_and_left_out_where_they_do_not_fit(pai
     monkeypatch.setattr(pair.engine, "max_memory", need.bytes - 1)
     steps = pair.count.steps
     same(pair.engine.answer(prompt, PLANS[0], sampling), pair.plain.answer(prompt, PLANS[0], sampling))
-    assert SEAT not in of_answer(pair.engine, prompt, 1, 5).parts and pair.count.steps == steps
+    assert SEAT not in of_answer(pair.engine, prompt, PLANS[:1], 5).parts and pair.count.steps == steps
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, MemoryError])

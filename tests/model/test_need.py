@@ -31,7 +31,7 @@ def test_an_answer_takes_no_more_than_was_estimated_and_not_much_less(kind, plan
     chosen = [engine.layout.default, *([Plan()] * (plans - 1))]
     with Peak() as peak:
         engine.answer_many(prompt, chosen, Sampling(max_new_tokens=4))
-    need = of_answer(engine, prompt, plans, 4)
+    need = of_answer(engine, prompt, chosen, 4)
     assert peak.most <= need.bytes <= 4 * peak.most, (peak.most, need)
 
 
@@ -43,7 +43,7 @@ def test_a_replay_takes_no_more_than_was_estimated_and_not_much_less(kind):
     probe = Probe(attention=(AttentionWish(tuple(range(engine.layout.n_layers)), rows),), hidden=(1, 2))
     with Peak() as peak:
         engine.replay(prompt, answer, engine.layout.default, probe)
-    need = of_pass(engine, prompt, 1, 4, probe)
+    need = of_pass(engine, prompt, [engine.layout.default], 4, probe)
     assert peak.most <= need.bytes <= 4 * peak.most, (peak.most, need)
     assert need.parts[KEPT] > need.bytes / 2  # rows of attention are what it takes
 
@@ -55,7 +55,7 @@ def test_gradients_take_no_more_than_was_estimated(kind):
     gains = torch.ones(3, len(engine.layout.sources), prompt.visual_tokens, requires_grad=True)
     with Peak() as peak:
         engine.logprob_of(prompt, answer, engine.layout.default, gains).sum().backward()
-    need = of_pass(engine, prompt, 3, 2, grad=True)
+    need = of_pass(engine, prompt, [engine.layout.default] * 3, 2, grad=True)
     assert peak.most <= need.bytes <= 4 * peak.most, (peak.most, need)
 
 
@@ -66,19 +66,42 @@ def test_the_vision_tower_on_a_large_image_takes_no_more_than_was_estimated(kind
     engine.cache.clear()
     with Peak() as peak:
         engine.see(prompt)
-    assert peak.most <= of_answer(engine, prompt, 1, 1).parts[IMAGE]
+    assert peak.most <= of_answer(engine, prompt, [engine.layout.default], 1).parts[IMAGE]
 
 
 @pytest.mark.parametrize("kind", sorted(families.ENTRIES))
 def test_every_family_can_be_estimated(kind):
     engine = families.engine(kind)
     prompt = engine.prompt(tiny.ask(tiny.image(1, (48, 32)), "What?"))
-    need = of_answer(engine, prompt, 2, 8)
+    plans = [engine.layout.default] * 2
+    need = of_answer(engine, prompt, plans, 8)
     assert all(need.parts[name] > 0 for name in (CACHE, LAYER, LOGITS, IMAGE)), need
     engine.cache.clear()
     with Peak() as peak:
-        engine.answer_many(prompt, [engine.layout.default] * 2, Sampling(max_new_tokens=2))
+        engine.answer_many(prompt, plans, Sampling(max_new_tokens=2))
     assert peak.most <= need.bytes, (peak.most, need)
+
+
+@pytest.mark.parametrize("kind", sorted(families.ENTRIES))
+def test_what_the_plans_do_not_want_of_the_vision_tower_is_not_counted(kind):
+    """Stacks that are samples of a larger view are most of it; taps come out of the run that makes the base."""
+    engine = families.engine(kind)
+    default, layout = engine.layout.default, engine.layout
+    prompt = engine.prompt(tiny.ask(tiny.image(2, (96, 64)), "What?"))
+    found = {}
+    plans = [default, Plan(), *(Plan([entry]) for entry in default)]
+    for plan in (p for p in plans if all(not e.in_tower for e in p) or p == default):
+        engine.cache.clear()
+        with Peak() as peak:
+            engine.see(prompt, plan)
+        found[plan] = of_answer(engine, prompt, [plan], 4).parts[IMAGE]
+        assert peak.most <= found[plan], (str(plan), peak.most, found[plan])
+    assert found[Plan()] == 0 and max(found.values()) == found[default]
+    assert found[default] == of_answer(engine, prompt, plans, 4).parts[IMAGE]
+    samples = [source for source in layout.all_sources if source.tap is None and source.name != "base"]
+    if "base" in default.sources():
+        (base,) = (plan for plan in found if plan.sources() == ("base",))
+        assert found[default] > 2 * found[base] if samples else found[default] == found[base]
 
 
 # ---- refused before it starts
@@ -119,14 +142,24 @@ def test_over_the_limit_it_is_refused_with_the_figure_and_the_way_out(small):
     assert engine.answer(prompt, plan, Sampling(max_new_tokens=2)).tokens == answer.tokens and runs
 
 
+def test_a_plan_without_stacks_is_answered_where_one_with_them_is_refused():
+    engine = tiny.build(tiny.folder("hires"))
+    prompt, base = engine.prompt(tiny.ask(tiny.image(2, (96, 64)), "What?")), Plan.parse("base@0")
+    engine.max_memory = of_answer(engine, prompt, [base], 2).bytes
+    assert engine.answer(prompt, base, Sampling(max_new_tokens=2)).tokens
+    for plans in ([engine.layout.default], [base, engine.layout.default]):
+        with pytest.raises(UserError, match="vision tower .*max_memory"):
+            engine.answer_many(prompt, plans, Sampling(max_new_tokens=2))
+
+
 def test_more_than_is_free_is_refused_whatever_the_limit(small):
     engine, _ = small
     engine.max_memory = 2**60
-    prompt = engine.prompt(tiny.ask(tiny.image(0), "What?"))
-    need = of_answer(engine, prompt, 10**7, 48)
+    prompt, plan = engine.prompt(tiny.ask(tiny.image(0), "word " * 600)), engine.layout.default
+    need = of_answer(engine, prompt, [plan] * 10**6, 48)
     with pytest.raises(UserError, match="GB are free on cpu"):
         need.check(engine)
-    of_answer(engine, prompt, 1, 48).check(engine)
+    of_answer(engine, prompt, [plan], 48).check(engine)
 
 
 def test_what_is_held_makes_room_before_anything_is_refused(monkeypatch):
@@ -134,7 +167,7 @@ def test_what_is_held_makes_room_before_anything_is_refused(monkeypatch):
     engine = tiny.build(tiny.folder("qwen"))
     engine.shortest_prefix = 1
     prompt = engine.prompt(tiny.ask(tiny.image(0), "What?"))
-    need = of_answer(engine, prompt, 1, 4)
+    need = of_answer(engine, prompt, [engine.layout.default], 4)
     engine.answer(prompt, engine.layout.default, Sampling(max_new_tokens=4))
     held = engine.cache.bytes + engine.prefixes.bytes
     assert engine.cache.bytes and engine.prefixes.bytes

@@ -2,11 +2,12 @@
 
 The patches are put together here, value by value, as transformers' video processor has them. (With torchvision
 installed that processor, and its prompt, give the same: tokens equal, pixels within one step of 8 bits after a
-resize.) Run: pytest tests/model/families/test_video.py
+resize, two where Qwen3-Omni enlarges small frames.) Run: pytest tests/model/families/test_video.py
 """
 
 import json
 import shutil
+from functools import cache
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from model.clip import clip_of, frames_of
+from model.engine import Generation
 from model.errors import UserError
 from model.families import families
 from model.images import read_image
@@ -23,13 +25,16 @@ from model.probe import Probe
 from model.types import Sampling
 from tests import tiny
 from tests.families import ENTRIES, engine, folder, plain
+from tests.model.test_together import at_once, counted, same
 from tests.videos import video
 
 READS = {family.name for family in families() if family.takes_video}
-BLOCKS = ("qwen2_vl", "qwen2_5_vl")  # a video in one block of tokens, without times
+BLOCKS = ("qwen2_vl", "qwen2_5_vl", "qwen3_omni_moe")  # a video in one block of tokens, without times
+OMNI = "qwen3_omni_moe"
 KINDS = [kind for kind, entry in ENTRIES.items() if entry.family in READS and kind not in BLOCKS]
 SHEET = read_image(video(23, 8, (96, 64)))[0]  # five frames: the last is read twice
 ASKED = tiny.ask(SHEET, "What moves?")
+SLOWER = read_image(video(23, 4, (96, 64)))[0]  # twice as long, twice as many frames
 
 
 def patches(frames: list[Image.Image], patch: int = 8, merge: int = 2) -> torch.Tensor:
@@ -71,30 +76,56 @@ def test_a_video_is_read_as_transformers_reads_it(kind):
     assert "<0.4 seconds>" in text and text.index("<1.7 seconds>") < text.index("<2.8 seconds>")
 
 
+@cache
+def reader(kind: str):
+    """An engine of this kind. Qwen3-Omni's takes frames of up to 64 x 64 pixels: its own make 500 tokens of each."""
+    if kind != OMNI:
+        return engine(kind)
+    loaded = load(str(folder(kind)), device="cpu", dtype="float32")
+    loaded.adapter.processor.video_size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
+    return loaded
+
+
+def theirs_of(ids: torch.Tensor, model, rows: slice) -> torch.Tensor:
+    """These ids [1, T] as transformers reads them, where `rows` are the tokens of one video."""
+    ids = ids.clone()
+    ids[0, rows] = model.config.video_token_id
+    return ids
+
+
 def block_inputs(model, prompt, rows: slice, frames: list[Image.Image]) -> dict[str, torch.Tensor]:
     """What transformers takes for a prompt whose `rows` are the tokens of one video, as its processor makes it."""
-    ids = prompt.input_ids.clone()
-    ids[0, rows] = model.config.video_token_id
-    types = (ids == model.config.image_token_id).int()
-    types[0, rows] = 2
+    ids = theirs_of(prompt.input_ids, model, rows)
     groups, (width, height) = -(-len(frames) // 2), frames[0].size
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": types,
         "pixel_values_videos": patches([*frames, *frames[-1:] * (len(frames) % 2)]),
         "video_grid_thw": torch.tensor([[groups, height // 8, width // 8]]),
     }
-    if hasattr(model.config.vision_config, "tokens_per_second"):
-        # VideoMetadata.sampled_fps of 5 out of 23 frames at 8 a second; Qwen2_5_VLProcessor makes a tensor of it.
-        inputs["second_per_grid_ts"] = torch.tensor([2 / (5 / 23 * 8)])
-    return inputs
+    # VideoMetadata.sampled_fps of 5 out of 23 frames at 8 a second; the processors make a tensor of it.
+    seconds = torch.tensor([2 / (5 / 23 * 8)])
+    if model.config.model_type == "qwen3_omni_moe_thinker":
+        return {**inputs, "video_second_per_grid": seconds}
+    types = (ids == model.config.image_token_id).int()
+    types[0, rows] = 2
+    inputs["mm_token_type_ids"] = types
+    return {**inputs, "second_per_grid_ts": seconds} if model.config.model_type == "qwen2_5_vl" else inputs
+
+
+def rope(model, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """transformers' own positions [3, 1, T] and their offset."""
+    if model.config.model_type != "qwen3_omni_moe_thinker":
+        return model.model.get_rope_index(**inputs)
+    seconds = {"second_per_grids": inputs["video_second_per_grid"]}
+    names = ("input_ids", "attention_mask", "image_grid_thw", "video_grid_thw")
+    return model.get_rope_index(**{name: inputs[name] for name in names if name in inputs}, **seconds)
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("still", [None, tiny.image(1, (32, 48))])
 def test_a_video_in_one_block_is_read_as_transformers_reads_it(kind, still):
-    loaded, model = engine(kind), plain(kind)
+    loaded, model = reader(kind), plain(kind)
     prompt = loaded.prompt(tiny.ask(SHEET, *([still] if still else []), "What moves?"))
     first, *_ = clip = [grid for grid in prompt.grids if grid.index == 0]
     assert [grid.name for grid in clip] == ["0.4 s", "1.7 s", "2.8 s"]
@@ -106,9 +137,11 @@ def test_a_video_in_one_block_is_read_as_transformers_reads_it(kind, still):
     if still:
         seen = loaded.adapter.processor(images=[still], return_tensors="pt")
         inputs |= {"pixel_values": seen["pixel_values"], "image_grid_thw": seen["image_grid_thw"]}
-    positions, delta = model.model.get_rope_index(**inputs)
-    assert torch.equal(positions, prompt.extra["position_ids"])
-    assert prompt.extra["next_position"] == prompt.input_ids.shape[1] + int(delta)
+    positions, delta = rope(model, inputs)
+    ours = prompt.extra["position_ids"]
+    assert torch.equal(positions, ours) and ours.dtype == (torch.float32 if kind == OMNI else torch.int64)
+    assert prompt.extra["next_position"] == prompt.input_ids.shape[1] + delta.item()
+    assert type(prompt.extra["next_position"]) is (float if kind == OMNI else int)
     with torch.no_grad():
         theirs = model(**inputs).logits[0]
         ours = loaded.logits(prompt, loaded.layout.default, ())
@@ -123,8 +156,8 @@ def test_a_video_in_one_block_is_read_as_transformers_reads_it(kind, still):
 
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_what_transformers_is_given_for_a_video_runs_the_same_plan(kind):
-    loaded = engine(kind)
-    for prompt in (loaded.prompt(tiny.ask(SHEET, "?")), loaded.prompt(tiny.ask(tiny.image(1), SHEET, SHEET, "?"))):
+    loaded = reader(kind)
+    for prompt in (loaded.prompt(tiny.ask(SHEET, "?")), loaded.prompt(tiny.ask(tiny.image(1), SHEET, SLOWER, "?"))):
         inputs, plan = loaded.adapter.plain_inputs(prompt)
         with torch.no_grad():
             theirs = loaded.model(**inputs).logits[0]
@@ -132,17 +165,65 @@ def test_what_transformers_is_given_for_a_video_runs_the_same_plan(kind):
 
 
 def test_frames_lie_as_far_apart_as_in_time():
-    """Qwen2.5-VL counts time, Qwen2-VL grids: 4 positions a second, 2 frames in 1.15 s."""
+    """Qwen2-VL counts grids, the others time: 2 frames in 1.15 s, at 4 positions a second rounded down, or at 13."""
     found = {}
     for kind in BLOCKS:
-        prompt = engine(kind).prompt(ASKED)
-        found[kind] = [int(prompt.extra["position_ids"][0, 0, grid.positions[0]]) for grid in prompt.grids]
+        prompt = reader(kind).prompt(ASKED)
+        found[kind] = [prompt.extra["position_ids"][0, 0, grid.positions[0]].item() for grid in prompt.grids]
     start = found["qwen2_vl"][0]
     assert found["qwen2_vl"] == [start, start + 1, start + 2]
     assert found["qwen2_5_vl"] == [start, start + 4, start + 9]
-    slower = engine("qwen2_5_vl").prompt(tiny.ask(read_image(video(23, 4, (96, 64)))[0], "What moves?"))
+    assert found[OMNI] == pytest.approx([start, start + 14.95, start + 29.9], abs=1e-5)
+    slower = engine("qwen2_5_vl").prompt(tiny.ask(SLOWER, "What moves?"))
     times = [int(slower.extra["position_ids"][0, 0, grid.positions[0]]) for grid in slower.grids]
-    assert len(times) == 6 and times[1] - times[0] == 4  # twice as long, twice as many frames
+    assert len(times) == 6 and times[1] - times[0] == 4
+
+
+@pytest.fixture
+def fresh():
+    """A Qwen3-Omni that takes up every beginning, with nothing held yet."""
+    loaded = load(str(folder(OMNI)), device="cpu", dtype="float32")
+    loaded.adapter.processor.video_size = reader(OMNI).adapter.processor.video_size
+    loaded.shortest_prefix = 1
+    return loaded
+
+
+FEW = Sampling(max_new_tokens=5)
+
+
+def test_what_is_decoded_between_whole_positions_is_what_one_pass_makes(fresh):
+    plan, prompt = fresh.layout.default, fresh.prompt(ASKED)
+    assert prompt.extra["next_position"] % 1, "13 a second do not fall on whole numbers here"
+    answer = fresh.answer(prompt, plan, FEW)
+    trace = fresh.replay(prompt, answer, plan, Probe())
+    assert trace.logprobs == pytest.approx([token.logprob for token in answer.tokens], abs=1e-5)
+    same(fresh.answer_many(prompt, [Plan.parse("base@0"), plan], FEW)[1], answer)
+
+
+def test_whole_positions_and_others_are_decoded_beside_each_other(fresh):
+    plan = fresh.layout.default
+    asked = [fresh.prompt(ASKED), fresh.prompt(tiny.ask(tiny.image(1), "Read the sign."))]
+    assert [type(prompt.extra["next_position"]) for prompt in asked] == [float, int]
+    wanted = [reader(OMNI).answer(prompt, plan, FEW) for prompt in asked]
+    generations = [Generation(fresh, prompt, [plan], FEW, None) for prompt in asked]
+    with counted(fresh) as rows:
+        while any(not generation.done for generation in generations):
+            at_once(fresh, [generation.step for generation in generations])
+    assert 2 in rows
+    for generation, want in zip(generations, wanted, strict=True):
+        same(generation.answers()[0], want)
+
+
+def test_the_turn_after_a_video_goes_on_between_whole_positions(fresh):
+    plan = fresh.layout.default
+    first = fresh.answer(fresh.prompt(ASKED), plan, FEW)
+    said = {"role": "assistant", "content": [{"type": "text", "text": first.text}]}
+    second = fresh.prompt([*ASKED, said, {"role": "user", "content": [{"type": "text", "text": "And then?"}]}])
+    read = []
+    fresh.adapter.decoder.layers[0].register_forward_pre_hook(lambda layer, args: read.append(args[0].shape[1]))
+    found = fresh.answer(second, plan, FEW)
+    assert read[0] < second.input_ids.shape[1] - second.visual_tokens, "the video is not read again"
+    same(found, reader(OMNI).answer(second, plan, FEW))
 
 
 @pytest.mark.parametrize(
@@ -159,6 +240,11 @@ def test_the_folder_says_how_large_a_frame_may_be(tmp_path, files, grid):
     for name, data in files.items():
         (path / name).write_text(json.dumps(data))
     assert load(str(path), device="cpu").adapter.grid(SHEET) == grid
+
+
+def test_qwen3_omni_says_itself_how_large_a_frame_may_be():
+    """Its processor tells the one for videos: at least 128 x 32 x 32 pixels, whatever the folder's file says."""
+    assert engine(OMNI).adapter.grid(SHEET) == (19, 28)
 
 
 def test_every_two_frames_have_a_grid_and_stacks_of_their_own():
@@ -184,9 +270,8 @@ def test_the_frames_share_the_budget_of_the_whole_video():
 
 def test_equal_pictures_at_other_times_are_another_video():
     loaded = engine("qwen3_vl")
-    slower = read_image(video(23, 4, (96, 64)))[0]
-    keys = {loaded.prompt(tiny.ask(sheet, "?")).extra["image_keys"] for sheet in (SHEET, slower, SHEET)}
-    assert len(keys) == 2 and clip_of(slower).seconds != clip_of(SHEET).seconds
+    keys = {loaded.prompt(tiny.ask(sheet, "?")).extra["image_keys"] for sheet in (SHEET, SLOWER, SHEET)}
+    assert len(keys) == 2 and clip_of(SLOWER).seconds != clip_of(SHEET).seconds
 
 
 @pytest.mark.parametrize("kind", [kind for kind, entry in ENTRIES.items() if entry.family not in READS])
