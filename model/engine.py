@@ -639,7 +639,7 @@ class Engine:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits on the device of the embeddings, wherever the last layer and the head are."""
-        # As rows of one matrix: of a part of [B, T, d] torch would multiply by a copy of the head, at 2B on a CPU 3.5 s.
+        # As rows of one matrix: of a part of [B, T, d] torch would multiply by a copy of the head (CHANGELOG, Learned).
         logits = self.adapter.lm_head(hidden.reshape(-1, hidden.shape[-1]))
         return logits.reshape(*hidden.shape[:-1], -1).to(self.device)
 
