@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model.errors import UserError
-from model.lab import cost, results, scenes, sight
+from model.lab import results, scenes, sight
 from model.lab import run as lab
 from model.lab.twin import RANK
 from model.lab.variants import TEXTS, VARIANTS
@@ -18,20 +18,6 @@ from model.training import twins
 from tests.model.lab.lab_sizes import TINY, job, weights
 
 TOWER = "model.model.vision_tower."
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    """A work folder with the data of the tiny lab, and every measurement taken once."""
-    folder = tmp_path_factory.mktemp("lab")
-    scenes.prepare(folder, TINY.scenes, TINY.validation, TINY.test, device="cpu")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(cost, "PREFILLS", 1)
-    monkeypatch.setattr(cost, "STEPS", 1)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -9,28 +9,14 @@ import pytest
 import torch
 
 from model.errors import UserError
-from model.lab import cost, scenes, search
 from model.lab import run as lab
+from model.lab import scenes, search
 from model.lab.search import Rung
 from model.lab.variants import VARIANTS, layers_of, placed, variant_of
 from model.training import twins
 from tests.model.lab.lab_sizes import TINY, weights
 
 STEPS, LAYERS = 8, 8
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    """A work folder with the data of the tiny lab."""
-    folder = tmp_path_factory.mktemp("lab")
-    scenes.prepare(folder, TINY.scenes, TINY.validation, TINY.test, device="cpu")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(cost, "PREFILLS", 1)
-    monkeypatch.setattr(cost, "STEPS", 1)
 
 
 @pytest.fixture

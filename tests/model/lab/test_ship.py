@@ -20,21 +20,13 @@ from model.probe import AttentionWish, Probe
 from model.training import twins
 from model.training.tokenizer import make_tokenizer
 from model.types import Sampling
-from tests.model.lab.lab_sizes import TINY, job
+from tests.model.lab.lab_sizes import job
 
 SHIPPED = (
     *("stack-2d", "none", "dummy", "string", "global-string", "concat", "average", "stack-grid", "stack-1d"),
     *("start-4", "start-6", "interval-2", "layers-2", "global-deeper", "gate", "none-tuned", "deepstack-v-2"),
 )
 CLOSE = 2e-2  # of a log-probability: weights in float16
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    """A work folder with the data of the tiny lab."""
-    folder = tmp_path_factory.mktemp("lab")
-    scenes.prepare(folder, TINY.scenes, TINY.validation, TINY.test, device="cpu")
-    return folder
 
 
 @pytest.fixture(scope="module")
