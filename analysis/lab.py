@@ -671,6 +671,8 @@ def curves(found: Summary, variants: Sequence[str]) -> dict[str, Acuity]:
 
 # ---- searches for where stacks enter
 
+RUNG = ("variant", "start", "interval", "stacks", "characters, %", "exact, %", "")  # columns of Rung.rows
+
 
 class Tried(NamedTuple):
     """One run of a search at one rung: shares of validation questions' characters and whole answers."""
@@ -697,7 +699,7 @@ class Rung:
 
     @property
     def rows(self) -> list[list]:
-        """For a table: variant, its place, scores in %, whether it went on."""
+        """For a table with the columns RUNG; the last says whether it went on."""
         return [
             [each.variant, each.start, each.interval, each.count, f"{100 * each.characters:.1f}",
              f"{100 * each.exact_match:.1f}", "kept" if number < self.kept else ""]

@@ -31,6 +31,7 @@ class Example:
     question: str
     answer: str
     caption: str
+    scene: str  # "lab": of the kind that the lab's variants are trained on
 
     @cached_property
     def held(self) -> Held:
@@ -42,7 +43,8 @@ class Example:
 def examples() -> dict[str, Example]:
     """The examples by file name, in the order of examples.json."""
     rows = json.loads((EXAMPLES / "examples.json").read_text(encoding="utf-8"))
-    return {row["file"]: Example(row["file"], row["question"], row["answer"], row["caption"]) for row in rows}
+    fields = ("file", "question", "answer", "caption", "scene")
+    return {row["file"]: Example(**{name: row[name] for name in fields}) for row in rows}
 
 
 @dataclass(frozen=True)

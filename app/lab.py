@@ -20,8 +20,6 @@ from model.lab import run as lab
 from model.lab.variants import GROUPS, VARIANTS
 from model.loading import CHECKPOINTS, choose_device, gigabytes
 
-RUNG = ("variant", "start", "interval", "stacks", "characters, %", "exact, %", "")  # columns of a search's table
-
 
 def run(options: argparse.Namespace) -> Outcome:
     """One of the actions."""
@@ -119,7 +117,7 @@ def _search(options: argparse.Namespace) -> Outcome:
     text = "\n\n".join(
         [
             f"{told.spent:,} of {budget:,} steps spent on {told.rungs[0].count} of {told.candidates} placings",
-            *(f"at step {rung.step:,}:\n{table(RUNG, rung.rows)}" for rung in told.rungs),
+            *(f"at step {rung.step:,}:\n{table(reading.RUNG, rung.rows)}" for rung in told.rungs),
             reading.outcome(told, reading.read(file)),
         ]
     )

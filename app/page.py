@@ -18,6 +18,7 @@ from html import escape
 
 import gradio as gr
 
+from analysis.lab import REFERENCE
 from app import asking, markup, theme
 from app.asking import address
 from app.desk import Desk
@@ -30,7 +31,7 @@ from app.wiring import bound, introduced
 from model.engine import Engine
 from model.errors import UserError
 from model.images import Limits, read_image
-from model.loading import Zoo, gigabytes
+from model.loading import EMBEDDED, LAB, Zoo, gigabytes
 
 NAME = "DeepStack Lens"
 TABS = ("chat", "layers", "compare", "stacks", "lab")
@@ -133,9 +134,13 @@ def chat_with(desk: Desk, name: str, focus: Focus) -> tuple:
     return desk.engine(name).name, gr.Tabs(selected="chat"), *choose_model(desk, name, focus)
 
 
-def put_into_compare(desk: Desk, name: str) -> tuple:
-    """A model of the Lab, as trained, as the second column of Compare. Returns (tabs, model, plan)."""
-    return gr.Tabs(selected="compare"), desk.engine(name).name, ""
+def put_into_compare(desk: Desk, name: str, first: str, plan: str) -> tuple:
+    """A model of the Lab, as trained, as the second column of Compare, beside the lab's reference unless another model
+    of the Lab is there. Returns (tabs, first model, first plan, second model, second plan)."""
+    reference = lab.shipped(desk, REFERENCE)
+    if reference and not first.removeprefix(f"{EMBEDDED}/").startswith(LAB):
+        first, plan = desk.engine(reference).name, ""
+    return gr.Tabs(selected="compare"), first, plan, desk.engine(name).name, ""
 
 
 def focused(desk: Desk, name: str) -> Focus:
@@ -189,7 +194,7 @@ def build(zoo: Zoo, limits: Limits | None = None) -> gr.Blocks:
             with gr.Column(elem_id="dl-rail", min_width=0):
                 picture, plan, note, upload = _rail()
             with gr.Column(elem_id="dl-side", min_width=0), gr.Tabs(elem_id="dl-tabs") as tabs:
-                cards = functools.partial(_example_cards, desk)
+                cards, codes = (functools.partial(_example_cards, desk, first) for first in ("", "lab"))
                 shared = {"session": session, "focus": focus}
                 with gr.Tab("Chat", id="chat"):
                     talk = chat.build(
@@ -200,7 +205,7 @@ def build(zoo: Zoo, limits: Limits | None = None) -> gr.Blocks:
                     reopen = layers.build(desk, tab=tab, model=model, plan=plan, dark=dark, bars=bars, **shared)
                 memory = {"fn": bound(in_memory, desk), "inputs": [model], "outputs": [pills], **quiet}
                 with gr.Tab("Compare", id="compare") as tab:
-                    compare_cards, fill, second = compare.build(
+                    compare_cards, fill, columns = compare.build(
                         desk, tab=tab, settings=talk.settings, examples=cards, loaded=memory, **shared
                     )
                 with gr.Tab("Stacks", id="stacks") as tab:
@@ -216,7 +221,7 @@ def build(zoo: Zoo, limits: Limits | None = None) -> gr.Blocks:
                         **shared,
                     )
                 with gr.Tab("Lab", id="lab") as tab:
-                    lab_table, lab_cards = lab.build(desk, tab=tab, model=model, focus=focus, dark=dark, examples=cards)
+                    lab_table, lab_cards = lab.build(desk, tab=tab, model=model, focus=focus, dark=dark, examples=codes)
 
         restored = [session, focus, model, plan, picture, views, pills, note, talk.box, talk.remember, tabs, link]
         demo.load(bound(restore, desk), None, restored, api_name="restore", show_progress_on=[picture]).success(
@@ -250,9 +255,10 @@ def build(zoo: Zoo, limits: Limits | None = None) -> gr.Blocks:
             js="(name, ...rest) => [lens.picked, ...rest]", api_name="lab_chat", show_progress="minimal",
         )  # fmt: skip
         lab_table.compare(
-            bound(put_into_compare, desk), [picked], [tabs, *second], js="() => [lens.picked]",
+            bound(put_into_compare, desk), [picked, *columns[:2]], [tabs, *columns],
+            js="(name, ...rest) => [lens.picked, ...rest]",
             api_name="lab_compare", show_progress="minimal",
-        ).success(*fill, api_name="fill_lab_compare", **quiet)  # fmt: skip
+        )  # opening the tab fills in the question  # fmt: skip
         live_cards.pick(*pick, js=js, api_name="live_example", **quiet).success(**live, api_name="live_example_answer")
     demo.queue(max_size=WAITING, default_concurrency_limit=8)
     return demo
@@ -292,9 +298,9 @@ def _rail() -> tuple[StackPicture, gr.Textbox, gr.HTML, gr.UploadButton]:
     return picture, plan, note, upload
 
 
-def _example_cards(desk: Desk) -> gr.HTML:
+def _example_cards(desk: Desk, first: str = "") -> gr.HTML:
     return gr.HTML(
-        markup.example_cards(list(desk.examples.values())),
+        markup.example_cards(sorted(desk.examples.values(), key=lambda example: example.scene != first)),
         js_on_load="lens.clicks(element, props, trigger) // tells 'pick'",
         apply_default_css=False,
         elem_classes=["dl-examples"],

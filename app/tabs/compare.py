@@ -249,8 +249,8 @@ def thumbnail(desk: Desk, focus: Focus) -> str:
 
 
 def build(desk: Desk, *, tab, settings, session, focus, examples, loaded) -> tuple:
-    """Draws the tab and wires it. Returns (the example cards, what fills in the current question, the second column's
-    model and plan)."""
+    """Draws the tab and wires it. Returns (the example cards, what fills in the current question, models and plans
+    of the first two columns)."""
     filled = gr.State("")
     with gr.Row(elem_classes=["dl-top"]):
         image = gr.HTML(thumbnail(desk, Focus()), apply_default_css=False, elem_id="dl-compare-image")
@@ -284,4 +284,4 @@ def build(desk: Desk, *, tab, settings, session, focus, examples, loaded) -> tup
     count.change(show_columns, [count], [boxes[2], answers[2]], api_name="columns", queue=False, show_progress="hidden")
     fill = (bound(opened, desk), [question, truth, filled, focus], [question, truth, filled, image])
     tab.select(*fill, api_name="open_compare", queue=False, show_progress="hidden")
-    return cards, fill, columns[2:4]
+    return cards, fill, columns[:4]

@@ -7,7 +7,7 @@ assets/js/deal.js.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import gradio as gr
 from gradio import processing_utils
@@ -21,6 +21,8 @@ from app.lab_files import FIGURES, FIRST, KINDS, drawable, shown_curves, taken
 from app.session import Focus
 from app.wiring import bound, in_turn, line_of
 from model.errors import UserError
+from model.lab import ship
+from model.lab.variants import variant_of
 from model.loading import EMBEDDED, LAB
 from model.plan import BASE
 from model.probe import AttentionWish, Probe
@@ -44,12 +46,8 @@ PLACES = {
     "dl-deal": "how tokens are dealt out",
     "dl-lab-keep": "what a budget keeps",
 }
-NAVIGATION = (
-    '<nav class="dl-lab-nav" aria-label="On this tab">'
-    + "".join(f'<a href="#{place}">{words}</a>' for place, words in PLACES.items())
-    + "</nav>"
-)
-RUNG = ("Variant", "Start", "Interval", "Stacks", "Characters, %", "Exact, %", "")  # columns of a search's table
+LACKING = {"dl-lab-axes": "along figure 3", "dl-lab-acuity": "acuity", "dl-lab-budget": "budget"}
+LACKING |= {"dl-lab-recall": "recall", "dl-lab-cost": "cost"}  # places that are there only where a figure can be drawn
 
 
 # ---- handlers: plain values in, plain values out
@@ -75,7 +73,7 @@ def results(
     drawn = lab.curves(found, shown)
     full = drawable(found, drawn)
     return (
-        head(found),
+        head(found, full, bool(searches)),
         gr.Column(visible=True),
         gr.Dropdown([str(each) for each in offered], value=str(found.setting)),
         gr.Dropdown([row.variant for row in found.rows if len(row.acuity.n)], value=shown),
@@ -175,12 +173,13 @@ def empty() -> str:
     )
 
 
-def head(found: Summary) -> str:
-    """How many rows agree with the paper in sign, and what is missing."""
+def head(found: Summary, full: Mapping[str, bool], searched: bool) -> str:
+    """How many rows agree with the paper in sign, and what is missing. full: which figures can be drawn."""
     kinds = [found.judge(row).kind for row in found.rows]
     agree, differ, neither = (kinds.count(kind) for kind in ("agrees", "disagrees", "cannot decide"))
     told = f"<b>{agree}</b> agree with the paper in sign, <b>{differ}</b> disagree, <b>{neither}</b> cannot decide"
-    lines = [f'<p class="dl-lab-count" role="status">{told} <span>· {found.setting}</span></p>{NAVIGATION}']
+    lines = [f'<p class="dl-lab-count" role="status">{told} <span>· {found.setting}</span></p>']
+    lines.append(navigation(full, searched))
     missing = [variant for variant in lab.PAPER if found.row(variant) is None]
     if found.reference is None:
         words = f"The reference {lab.REFERENCE} has not been run at this setting, so nothing can be compared with it."
@@ -192,6 +191,14 @@ def head(found: Summary) -> str:
             f"{code(lab.run_command(missing, seeds, found.setting))}</details>"
         )
     return INTRO + "".join(lines) + claims_panel(found)
+
+
+def navigation(full: Mapping[str, bool], searched: bool) -> str:
+    """Links to what there is on this tab."""
+    hidden = {place for place, figure in LACKING.items() if not full[figure]}
+    hidden |= set() if searched else {"dl-lab-search"}
+    links = "".join(f'<a href="#{place}">{words}</a>' for place, words in PLACES.items() if place not in hidden)
+    return f'<nav class="dl-lab-nav" aria-label="On this tab">{links}</nav>'
 
 
 def claims_panel(found: Summary) -> str:
@@ -239,7 +246,7 @@ def results_table(desk: Desk, runs: Sequence[Run], found: Summary) -> str:
 
 def search_panel(search: Search, runs: Sequence[Run]) -> str:
     """A search for where stacks enter: its rungs, its winner, and whether that beats the paper's rule of thumb."""
-    heads = "".join(f"<th>{head}</th>" for head in RUNG)
+    heads = "".join(f"<th>{head.capitalize()}</th>" for head in lab.RUNG)
     parts = []
     for rung in search.rungs:
         lines = "".join(
@@ -328,14 +335,21 @@ def _offer(desk: Desk, row: Row) -> str:
     """Buttons to ask a variant, where its checkpoint ships."""
     name = shipped(desk, row.variant)
     if not name:
-        return (
-            '<span class="dl-note">No checkpoint of it ships; “lab ship” makes one of a run that a plan can say.</span>'
-        )
+        return f'<span class="dl-note">{_unshipped(row.variant)}</span>'
     name = markup.escape(name)
     return (
         f'<button type="button" class="dl-chip" data-go="chat" data-name="{name}">chat with it</button>'
         f'<button type="button" class="dl-chip" data-go="compare" data-name="{name}">put into Compare</button>'
     )
+
+
+def _unshipped(variant: str) -> str:
+    """Why a variant cannot be asked here."""
+    try:
+        ship.check(variant_of(variant))
+    except UserError:
+        return "It has numbers only: no model of the app does what its training does."
+    return f"It does not ship: python -m app lab ship {markup.escape(variant)} makes its model here."
 
 
 def code(command: str) -> str:

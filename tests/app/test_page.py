@@ -112,10 +112,17 @@ def test_an_example_comes_with_its_question_and_truth(desk):
 def test_a_variant_of_the_lab_goes_to_the_chat_and_into_compare(desk, focus):
     model, tabs, plan, picture, *_ = page.chat_with(desk, TAPS, focus)
     assert model == picture["name"] == TAPS and tabs.selected == "chat" and plan == picture["trained"]
-    tabs, model, plan = page.put_into_compare(desk, TAPS)
-    assert (tabs.selected, model, plan) == ("compare", TAPS, "")
+    tabs, *columns = page.put_into_compare(desk, TAPS, HIRES, "none")
+    assert (tabs.selected, *columns) == ("compare", HIRES, "none", TAPS, "")
     with pytest.raises(UserError, match="not offered"):
-        page.put_into_compare(desk, "embedded/lab-nothing")
+        page.put_into_compare(desk, "embedded/lab-nothing", HIRES, "")
+
+
+def test_a_variant_stands_beside_the_reference_of_the_lab(desk, monkeypatch):
+    monkeypatch.setattr(page.lab, "shipped", lambda desk, variant: {"stack-2d": TAPS}.get(variant, ""))
+    assert page.put_into_compare(desk, HIRES, HIRES, "none")[1:] == (TAPS, "", HIRES, "")
+    gate = ("embedded/lab-gate", "none")
+    assert page.put_into_compare(desk, HIRES, *gate)[1:] == (*gate, HIRES, "")
 
 
 # ---- the whole app

@@ -347,6 +347,8 @@ def test_the_lab_beside_the_paper_and_step_by_step(visit, tiny_server: Server) -
     page.get_by_role("button", name="put into Compare").click()
     expect(page.get_by_role("tab", name="Compare")).to_have_attribute("aria-selected", "true")
     expect(page.get_by_label("2 · model")).to_have_value("embedded/lab-stack-2d")
+    page.wait_for_timeout(1000)  # whatever else fills in the question has done so
+    expect(page.locator("#dl-compare-question textarea").first).not_to_have_value("")
     open_tab(page, "Lab")
     page.get_by_role("button", name="chat with it").click()
     expect(page.get_by_role("tab", name="Chat")).to_have_attribute("aria-selected", "true")

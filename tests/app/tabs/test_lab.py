@@ -130,8 +130,23 @@ def test_a_variant_is_offered_where_its_checkpoint_ships(desk, results, monkeypa
     assert "data-go" not in lab.results(desk, False, *CHOICES)[4]
     monkeypatch.setattr(desk.zoo, "offered", (*desk.zoo.offered, "embedded/lab-none"))
     table = lab.results(desk, False, *CHOICES)[4]
-    assert table.count("data-go=") == 2 and table.count("No checkpoint of it ships") == 1
+    assert table.count("data-go=") == 2 and table.count("makes its model here") == 1
     assert lab.shipped(desk, "none") == "embedded/lab-none" and lab.shipped(desk, "stack-2d") == ""
+    made.write(results, [line("stack-2d"), line("budget-50")])
+    assert lab.results(desk, False, *CHOICES)[4].count("It has numbers only") == 1
+
+
+def test_links_lead_to_what_there_is(desk, results):
+    made.write(results)
+    made.write(results.with_name("search.jsonl"), [made.search()])
+    head = lab.results(desk, False, *CHOICES)[0]
+    assert all(f'href="#{place}"' in head for place in lab.PLACES)
+    results.with_name("search.jsonl").unlink()
+    made.write(results, [line("stack-2d")])
+    head = lab.results(desk, False, *CHOICES)[0]
+    there = {place for place in lab.PLACES if f'href="#{place}"' in head}
+    hidden = {"dl-lab-axes", "dl-lab-budget", "dl-lab-recall", "dl-lab-search"}
+    assert there == {*lab.PLACES} - hidden
 
 
 def test_files_to_take_away(desk, results):
