@@ -1,6 +1,6 @@
 """What a budget would keep: which image rows get every stack, the first half of them, or none, by their relevance.
 
-The rule is that of the lab's budget variants (model/lab/twin.py). Knows nothing about models.
+How many rows keep what is the rule of the lab's budget variants (model/lab/twin.py). Knows nothing about models.
 """
 
 from __future__ import annotations
@@ -32,6 +32,12 @@ def kept(relevance: np.ndarray, stacks: int, some: float) -> np.ndarray:
     rank = np.argsort(np.argsort(-relevance, kind="stable"))
     count = len(relevance)
     return np.where(rank < some / 2 * count, stacks, np.where(rank < some * count, stacks // 2, 0))
+
+
+def entering(some: float) -> float:
+    """The share of all stack rows that enter where the share `some` of the rows keeps some: half of the stacks for
+    these rows, the other half for half of them."""
+    return some * 3 / 4
 
 
 def kept_map(counts: np.ndarray, stacks: int, grid: ImageGrid) -> GridMap:

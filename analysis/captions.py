@@ -61,8 +61,8 @@ CAPTIONS = {
         "it holds for these questions and fonts, not for photographs."
     ),
     "lab_claims": (
-        "A claim stands or falls with its 95 % intervals; “not clearly” allows a fifth of what stacks gain, and one "
-        "seed tells nothing of how far another would be."
+        "A claim stands or falls with its 95 % intervals, of what is asked and of how far seeds lie apart; “not "
+        "clearly” allows a fifth of what stacks gain."
     ),
     "lab_variants": (
         "Shows small models that read rendered text beside the paper's benchmarks; signs can be compared, sizes not."
@@ -72,7 +72,8 @@ CAPTIONS = {
         "neighbours whose bars overlap are not told apart by it."
     ),
     "lab_cost": (
-        "Shows what was measured here at toy size; how costs grow with 576 rows and 32 layers is not read off it."
+        "Shows what was measured here at toy size; how costs grow with 576 rows and 32 layers is not read off it, nor "
+        "are times that differ by less than a third."
     ),
     "lab_budget": (
         "Rows that keep no stack still stand in the context, so the budget spares pixels and not tokens; what a "
@@ -87,8 +88,8 @@ CAPTIONS = {
         "other pictures is open."
     ),
     "kept": (
-        "The norm is that of this model's own stacks, the question's attention that of its first layer; "
-        "the model was trained without a budget and is not run with one."
+        "The norm is of this model's own stacks, the attention of its first layer, and it runs without a budget; the "
+        "lab's variants rank by the tower's tokens."
     ),
     "lab_table": (
         "Agreement is in the sign of one difference on rendered text; it neither confirms the paper's size of it "

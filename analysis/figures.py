@@ -583,7 +583,8 @@ def lab_variants(found: Summary, dark: bool | None = None) -> go.Figure:
 
 
 def lab_axes(found: Summary, dark: bool | None = None) -> go.Figure:
-    """Along first layer, interval and count: ours (dots, left scale) and what the paper prints (diamonds, right)."""
+    """Along the axes of FIGURE_3: ours (dots, left scale) and what the paper prints (diamonds, right). A number beside
+    a dot: the stacks that find a layer, where others do not."""
     look = theme(dark)
     axes = {axis: points for axis in FIGURE_3 if len(points := found.along(axis)) > 1}
     fig = make_subplots(
@@ -599,7 +600,10 @@ def lab_axes(found: Summary, dark: bool | None = None) -> go.Figure:
         fig.add_scatter(
             x=[value for value, _ in points],
             y=[100 * mean.value for mean in means],
-            mode="lines+markers",
+            mode="lines+markers+text",
+            text=[marks.fewer_stacks(axis, row) for _, row in points],
+            textposition="middle right",
+            textfont={"size": 11, "color": look.muted},
             line={"color": hue, "width": 2},
             marker={"size": 8},
             error_y=_arms(means, hue),
@@ -628,14 +632,21 @@ def lab_axes(found: Summary, dark: bool | None = None) -> go.Figure:
         fig.update_yaxes(
             title_text=f"paper's {found.bench}", range=list(theirs), showgrid=False, row=at, col=1, secondary_y=True
         )
-    note = "Dots: ours, left. Diamonds: the few values that the paper prints, right."
-    _frame(fig, f"{found.words.capitalize()}, along figure 3", dark, 170 * max(1, len(axes)), note, right=48)
+    _frame(
+        fig,
+        f"{found.words.capitalize()}, along figure 3 and table 4",
+        dark,
+        170 * max(1, len(axes)),
+        marks.AXES_NOTE,
+        right=48,
+    )
     fig.update_xaxes(nticks=8)
     return fig
 
 
-def lab_budget(found: Summary, dark: bool | None = None) -> go.Figure:
-    """Accuracy with 95 % intervals against the share of stack rows that enter, one line per ranking of the rows."""
+def lab_budget(found: Summary, dark: bool | None = None, at_share: float | None = None) -> go.Figure:
+    """Accuracy with 95 % intervals against the share of stack rows that enter, one line per ranking of the rows.
+    at_share: a line at this share."""
     fig, ends = go.Figure(), []
     for at, (ranking, points) in enumerate(budgets(found).items()):
         means = [row.mean for _, row in points]
@@ -652,6 +663,13 @@ def lab_budget(found: Summary, dark: bool | None = None) -> go.Figure:
             hoverinfo="text",
         )
     _frame(fig, f"{found.words.capitalize()}, %, by budget", dark, 240, marks.budget_note(found))
+    if at_share is not None:
+        muted = theme(dark).muted
+        fig.add_vline(
+            x=100 * at_share,
+            line={"color": muted, "width": 1, "dash": "dot"},
+            annotation={"text": "the slider below", "font": {"color": muted}, "yanchor": "bottom"},
+        )
     fig.update_xaxes(title_text="stack rows that enter, %", range=[-3, 103])
     fig.update_yaxes(title_text="ours, %", range=list(marks.around(ends)))
     return fig

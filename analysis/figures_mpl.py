@@ -477,13 +477,12 @@ def lab_variants(found: Summary, dark: bool = False) -> Figure:
 
 
 def lab_axes(found: Summary, dark: bool = False) -> Figure:
-    """Along first layer, interval and count: ours (dots, left scale) and what the paper prints (diamonds, right)."""
+    """Along the axes of FIGURE_3: ours (dots, left scale) and what the paper prints (diamonds, right). A number beside
+    a dot: the stacks that find a layer, where others do not."""
     drawn = {axis: points for axis in FIGURE_3 if len(points := found.along(axis)) > 1}
     count = max(1, len(drawn))
-    note = "Dots: ours, left. Diamonds: the few values that the paper prints, right."
-    fig, axes, look = _figure(
-        f"{found.words.capitalize()}, along figure 3", dark, rows=count, height=1.9 * count, note=note
-    )
+    title = f"{found.words.capitalize()}, along figure 3 and table 4"
+    fig, axes, look = _figure(title, dark, rows=count, height=1.9 * count, note=marks.AXES_NOTE)
     for ax, (axis, points) in zip(np.atleast_1d(axes), drawn.items(), strict=False):
         of, means = FIGURE_3[axis], [row.mean for _, row in points]
         hue = colour("0", dark)
@@ -491,6 +490,11 @@ def lab_axes(found: Summary, dark: bool = False) -> Figure:
         ax.errorbar(
             [value for value, _ in points], shares_, yerr=_arms(means), color=hue, marker="o", lw=1.8, capsize=3
         )
+        for (value, row), share in zip(points, shares_, strict=True):
+            ax.annotate(
+                marks.fewer_stacks(axis, row), (value, share), textcoords="offset points", xytext=(6, 0), va="center",
+                color=look.muted, fontsize=8,
+            )  # fmt: skip
         _value_axis(ax, "ours, %", *marks.around([v for m in means for v in (100 * m.low, 100 * m.high)]), False)
         other = ax.twinx()
         _style(other, look)

@@ -2,7 +2,7 @@
 
 1. read(): assets/lab/results.jsonl, one JSON object per finished run; a broken line is an error with its number
 2. settings(): runs are compared only at the same size, for the same steps, on the same kind of device
-3. summary(): per variant mean, spread over seeds, the difference to the reference with a 95 % interval
+3. summary(): per variant mean, spread over seeds, the difference to its control with a 95 % interval
 4. judge(): whether that difference has the sign that the paper reports, the other one, or cannot decide
 
 The paper's numbers (PAPER, FIGURE_3) stay on their own scale: benchmarks of photographs and documents, single runs.
@@ -27,13 +27,22 @@ from analysis.tables import Table
 from model.errors import UserError
 from model.lab import results
 from model.lab.results import RESULTS, SEARCHES
-from model.lab.variants import GROUPS, LONG, PARTS, SHORT, variant_of
+from model.lab.variants import GROUPS, LONG, PARTS, SHORT, layers_of, variant_of
 
 REFERENCE = "stack-2d"
 TEXT = "text"  # the group that reads long texts and no pictures: its numbers are those of another task ...
 TEXT_REFERENCE = "text-truncated"  # ... and are compared with this one
 REQUIRED = ("variant", "group", "seed", "steps", "device", "accuracy")
 PARTED = ("by_glyph_px", "by_position")  # what of a run's accuracy is told by height or place, not by kind
+# what a variant is compared with where the paper has no such row: all else is compared with the reference
+CONTROLS = {
+    "start-5": "layers-3",  # the same stacks, as many as find a layer
+    "start-6": "layers-2",
+    "start-7": "layers-1",
+    **dict.fromkeys(("taps-1", "taps-2", "taps-3", "taps-samples"), "taps-0"),
+    "taps-3-last": "taps-3",
+    **{f"budget-{share}{by}": f"budget-{share}-random" for share in (50, 25) for by in ("", "-question")},
+}
 TIMID = 1.0  # points; the paper has no error bars, and differences of single runs below this are no effects
 LEVEL = 0.95  # of every interval
 
@@ -44,12 +53,15 @@ class Metric(NamedTuple):
     kind: str
     key: str
     words: str
+    per: int = 2  # questions of a picture's about one thing: a code is asked for by its colour and by its place
 
 
 METRICS = {
     "fine": Metric("fine", "exact_match", "fine detail, exact match"),
     "characters": Metric("fine", "characters", "fine detail, characters right"),
     "first character": Metric("fine", "first_character", "fine detail, first character right"),
+    "ink": Metric("ink", "exact_match", "fine detail asked for by colour, exact match", per=1),
+    "place": Metric("place", "exact_match", "fine detail asked for by place, exact match", per=1),
     "coarse": Metric("coarse", "exact_match", "coarse questions, exact match"),
 }
 
@@ -68,6 +80,7 @@ COSTS = {
     "prefill_seconds": Cost("s", "time of a prefill (on a CPU the processor’s)"),
     "prefill_bytes": Cost("bytes", "memory of a prefill"),
     "step_seconds": Cost("s", "time of a training step (on a CPU the processor’s)"),
+    "step_flops": Cost("FLOPs", "work of a training step"),
     "step_bytes": Cost("bytes", "memory of a training step"),
     "parameters": Cost("parameters", "size of the model"),
 }
@@ -118,6 +131,7 @@ TABLE_4 = {
 }
 TABLE_4_TUNED = _scores("62.4 85.8 64.0 56.1 27.5 15.3 28.3 48.5")  # its baseline: the tower tuned, no stacks
 OUR_TOWER, ITS_TOWER = 5, 24  # layers
+OUR_LAYERS = 8  # of the decoder, in every size
 
 
 def _nearest(start: int) -> int:
@@ -137,11 +151,18 @@ PAPER: dict[str, Paper] = {
     "stack-1d": Paper(
         "table 5", "1d sequential, as its code does it", _scores("61.6 86.2 61.9 57.1 33.1 15.2 30.0 49.3")
     ),
-    "inconsistent-resize": Paper("table 5", "inconsistent, 2d", _scores("62.2 85.1 62.3 58.1 35.1 16.4 30.1 49.9")),
+    "inconsistent-resize": Paper(
+        "table 5",
+        "inconsistent, 2d: the high-resolution view padded",
+        _scores("62.2 85.1 62.3 58.1 35.1 16.4 30.1 49.9"),
+    ),
     **{
-        name: Paper("figure 3 a", "the global tokens moved before layer 8 of 32: acceptable", against="none")
-        for name in ("global-deeper", "global-deeper-1", "global-deeper-2")
+        name: Paper(
+            "figure 3 a", "the global tokens moved to a quarter of the depth at most: acceptable", against="none"
+        )
+        for name in ("global-deeper-1", "global-deeper-2")
     },
+    "global-deeper": Paper("figure 3 a", "the global tokens moved to the midpoint: neither named", against="none"),
     "global-deeper-6": Paper(
         "figure 3 a", "the global tokens moved past the midpoint: a significant drop", against="none", sign=-1
     ),
@@ -191,9 +212,10 @@ FIGURE_3 = {
         {0: PAPER_BASELINE, 4: PAPER_DEEPSTACK}, "Figure 3 c: best with four; a plot without numbers between.",
     ),
     "global": Axis(
-        "Layer of the global tokens, no stacks", "LLM layer", r"global-deeper(?:-(\d+))?",
+        "Where the global tokens enter, no stacks", "% of the decoder's depth", r"global-deeper(?:-(\d+))?",
         ("base_at",), "none", {0: PAPER_BASELINE},
-        "Figure 3 a: before layer 8 of 32 acceptable, past the midpoint a significant drop; a plot without numbers.",
+        "Figure 3 a: up to a quarter of the depth (layer 8 of 32) acceptable, past the midpoint a significant drop; a "
+        "plot without numbers.", 100 / OUR_LAYERS,
     ),
     "tower": Axis(
         "First tower layer that gets a stack", "% of the tower's depth", r"deepstack-v-(\d+)",
@@ -204,20 +226,28 @@ FIGURE_3 = {
 
 CANNOT_SAY = {
     "what enters": (
-        "Our small glyphs are in the high-resolution view alone, so this gap is larger than photographs can show; "
-        "only its sign can be compared."
+        "Our small codes can be read in the high-resolution view alone, so this gap is larger than photographs can "
+        "show; only its sign can be compared. All three have the same number of parameters."
     ),
     "how it enters": (
-        "With contexts of tens to hundreds of rows a string costs little here; the paper's trade is at 576 "
-        "against 2,880 rows."
+        "All are trained for the same steps, and a longer context learns more slowly: a string that reads less here "
+        "may only need more of them (asked for by place and by colour are scores of their own). The paper's trade, 576 "
+        "against 2,880 rows, cannot be read off contexts this short."
     ),
     "sampling": (
-        "Our tiles are a few tokens a side; how much displaced tokens hurt on CLIP's 24 × 24 does not follow from that."
+        "Our tiles are a few tokens a side; how much displaced tokens hurt on CLIP's 24 × 24 does not follow from "
+        "that. For the inconsistent resize we squeeze the global view, where the paper pads the high-resolution one."
     ),
-    "where": "Our decoder is shallow: early, middle and late can be compared with the paper's 32 layers, numbers not.",
+    "where": (
+        "In every variant, training shows one attention head of the last two layers where each answer stands: all read "
+        "late wherever tokens enter, so a late start may cost less here than elsewhere. Stacks that would enter beyond "
+        "layer 7 are left out: start-6 and interval-4 keep two of four, interval-3 and start-5 three. Fewer layers "
+        "also means fewer pixels."
+    ),
     "tower": (
         "Our tower was trained on rendered text and has five layers: stacks that start late find no layer, and whether "
-        "one trained on photographs bears them in its middle is open."
+        "a tower trained on photographs tolerates them half-way is open. A training step of a tuned tower runs it, one "
+        "of a frozen tower reads its stored features: their costs are not alike."
     ),
     "strength": (
         "The paper proposes these and measures none, so there is nothing to agree with, and a gate may need "
@@ -225,7 +255,8 @@ CANNOT_SAY = {
     ),
     "text": (
         f"Another task, so compared with {TEXT_REFERENCE}: 256 tokens of facts drawn by chance, one of which is asked "
-        "for. Nothing here speaks for prose, or for models trained on long contexts."
+        "for. A fact has four tokens and dilation puts those four on one row, which suits stacks. Nothing here speaks "
+        "for prose, or for models trained on long contexts."
     ),
     "budget": (
         "Our questions are answered from one place of the image; how much a question about a photograph needs is "
@@ -262,10 +293,11 @@ class Run:
     parameters: int | None = None
     when: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    gates: Sequence[float] = ()  # what a variant with gates has learned, one number per stack
 
     def share(self, metric: str) -> tuple[float, int] | None:
         """(share of right answers, questions) of one metric; None where the run has none."""
-        kind, key, _ = METRICS[metric]
+        kind, key, *_ = METRICS[metric]
         scores = self.accuracy.get(kind) or {}
         return None if scores.get(key) is None else (float(scores[key]), int(scores["n"]))
 
@@ -367,31 +399,46 @@ class Interval(NamedTuple):
     high: float
 
 
-def mean_interval(shares: Sequence[float], n: int) -> Interval:
-    """The mean of seeds: Wilson's interval for the n questions of one test set, or Student's over seeds if wider."""
+class Spread(NamedTuple):
+    """How far runs of one variant lie apart that differ in their seed alone: standard deviation, pooled over all
+    variants that were run more than once, and its degrees of freedom."""
+
+    deviation: float
+    df: int
+
+    def half(self, *runs: int) -> float:
+        """Half the width of Student's interval of what has the variance 1/runs[0] + 1/runs[1] + …"""
+        return t_quantile(self.df) * self.deviation * math.sqrt(sum(1 / each for each in runs))
+
+
+def pooled(groups: Iterable[Sequence[float]]) -> Spread | None:
+    """The spread of shares `[seeds]` of several variants; None where none has two."""
+    several = [group for group in groups if len(group) > 1]
+    df = sum(len(group) - 1 for group in several)
+    squares = sum((len(group) - 1) * float(np.var(group, ddof=1)) for group in several)
+    return Spread(math.sqrt(squares / df), df) if several else None
+
+
+def mean_interval(shares: Sequence[float], n: int, spread: Spread | None = None) -> Interval:
+    """The mean of seeds: Wilson's interval for the n things that one test set asks for, which all seeds share, and what
+    other seeds would add to it."""
     mean = float(np.mean(shares))
     low, high = wilson(round(mean * n), n)
-    if len(shares) > 1:
-        half = t_quantile(len(shares) - 1) * float(np.std(shares, ddof=1)) / math.sqrt(len(shares))
-        low, high = min(low, mean - half), max(high, mean + half)
-    return Interval(mean, max(0.0, low), min(1.0, high))
+    seeds = spread.half(len(shares)) if spread else 0.0
+    return Interval(
+        mean, max(0.0, mean - math.hypot(mean - low, seeds)), min(1.0, mean + math.hypot(high - mean, seeds))
+    )
 
 
-def difference_interval(a: Sequence[float], b: Sequence[float], n: int) -> Interval:
-    """mean(a) - mean(b): Newcombe's interval for n questions each, or Welch's over seeds where both have several and
-    it is wider. Seeds share their questions, so that neither alone would do."""
+def difference_interval(a: Sequence[float], b: Sequence[float], n: int, spread: Spread | None = None) -> Interval:
+    """mean(a) - mean(b): Newcombe's interval for n things asked for, as if each had its own, and what other seeds would
+    add to it."""
     one, two = float(np.mean(a)), float(np.mean(b))
     value = one - two
     (low1, high1), (low2, high2) = (wilson(round(mean * n), n) for mean in (one, two))
-    low = value - math.hypot(one - low1, high2 - two)
-    high = value + math.hypot(high1 - one, two - low2)
-    if len(a) > 1 and len(b) > 1:
-        errors = [float(np.var(each, ddof=1)) / len(each) for each in (a, b)]
-        if sum(errors) > 0:
-            df = sum(errors) ** 2 / sum(e**2 / (len(each) - 1) for e, each in zip(errors, (a, b), strict=True))
-            half = t_quantile(df) * math.sqrt(sum(errors))
-            low, high = min(low, value - half), max(high, value + half)
-    return Interval(value, low, high)
+    seeds = spread.half(len(a), len(b)) if spread else 0.0
+    low = value - math.hypot(one - low1, high2 - two, seeds)
+    return Interval(value, low, value + math.hypot(high1 - one, two - low2, seeds))
 
 
 # ---- the summary
@@ -421,6 +468,20 @@ class Row:
     runs: tuple[Run, ...]  # by seed
     metric: str
     n: int  # questions of one run
+    spread: Spread | None = None  # between seeds, of all variants of its task
+
+    @property
+    def things(self) -> int:
+        """What the questions of one run ask for, each counted once."""
+        return self.n // (1 if self.group == TEXT else METRICS[self.metric].per)
+
+    @property
+    def stacks(self) -> int | None:
+        """How many stacks find a layer of the decoder; None for a variant or decoder that is not known."""
+        try:
+            return len(layers_of(variant_of(self.variant), self.runs[0].config["llm_layers"]))
+        except (UserError, KeyError):
+            return None
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -438,11 +499,11 @@ class Row:
 
     @cached_property
     def mean(self) -> Interval:
-        return mean_interval(self.shares, self.n)
+        return mean_interval(self.shares, self.things, self.spread)
 
     def minus(self, other: Row) -> Interval:
         """The difference to another variant."""
-        return difference_interval(self.shares, other.shares, min(self.n, other.n))
+        return difference_interval(self.shares, other.shares, min(self.things, other.things), self.spread)
 
     def spent(self, cost: str) -> float | None:
         """Mean over seeds of one cost; None where it was not measured."""
@@ -451,14 +512,14 @@ class Row:
 
     @property
     def acuity(self) -> Acuity:
-        """Exact match by glyph height, the questions of all seeds together."""
-        together: dict[str, list[float]] = {}
-        for run in self.runs:
-            for height, scores in run.accuracy.get("by_glyph_px", {}).items():
-                if scores["n"] and scores["exact_match"] is not None:
-                    hits, n = together.setdefault(height, [0, 0])
-                    together[height] = [hits + scores["exact_match"] * scores["n"], n + scores["n"]]
-        return acuity({height: {"n": n, "exact_match": hits / n} for height, (hits, n) in together.items()})
+        """Exact match by glyph height, the mean of all seeds, which are asked for the same codes."""
+        found = [run.accuracy.get("by_glyph_px", {}) for run in self.runs]
+        heights = {
+            height: {"n": found[0][height]["n"] // METRICS["fine"].per, "exact_match": float(np.mean(shares))}
+            for height in sorted(set.intersection(*map(set, found)))
+            if None not in (shares := [each[height]["exact_match"] for each in found])
+        }
+        return acuity({height: scores for height, scores in heights.items() if scores["n"]})
 
     @property
     def recall(self) -> dict[int, Interval]:
@@ -507,6 +568,11 @@ class Summary:
     bench: str
     rows: tuple[Row, ...]  # by group, the reference first
 
+    @property
+    def spread(self) -> Spread | None:
+        """Between seeds, of the variants that are asked about pictures."""
+        return next((row.spread for row in self.pictures), None)
+
     def row(self, variant: str) -> Row | None:
         return next((row for row in self.rows if row.variant == variant), None)
 
@@ -529,8 +595,11 @@ class Summary:
         return METRICS[self.metric].words
 
     def against(self, row: Row) -> str:
-        """The variant that this one is compared with."""
-        return TEXT_REFERENCE if row.group == TEXT else REFERENCE
+        """The variant that this one is compared with: as in the paper, or the one that differs in one thing."""
+        if row.group == TEXT:
+            return TEXT_REFERENCE
+        paper = PAPER.get(row.variant)
+        return paper.against if paper else CONTROLS.get(row.variant, REFERENCE)
 
     def difference(self, row: Row) -> Interval | None:
         """To what it is compared with; None for that itself, or where it has not been run."""
@@ -547,6 +616,8 @@ class Summary:
         other = self.row(paper.against)
         if other is None:
             return Verdict("cannot decide", f"{paper.against}, with which the paper compares it, has not been run.")
+        if row.spread is None:
+            return Verdict("cannot decide", "No variant has a second seed yet: how far another would be is not known.")
         gap = paper.difference(self.bench)
         if gap is None and paper.sign is None:
             return Verdict("not in the paper", f"The paper gives no number and no sign ({paper.words}).")
@@ -556,7 +627,7 @@ class Summary:
         ours = row.minus(other)
         if ours.low <= 0 <= ours.high:
             ends = f"{100 * ours.low:+.1f} to {100 * ours.high:+.1f} points"
-            return Verdict("cannot decide", f"Our interval against {paper.against}, {ends}, holds zero.")
+            return Verdict("cannot decide", f"Our interval against {paper.against}, {ends}, includes zero.")
         theirs = f"{gap:+.1f} points of {self.bench}" if gap is not None else ("better" if sign > 0 else "worse")
         same = (ours.value > 0) == (sign > 0)
         mine = f"{100 * ours.value:+.1f} points against {paper.against}"
@@ -601,6 +672,19 @@ def budgets(found: Summary) -> dict[str, list[tuple[float, Row]]]:
     }
 
 
+def at_budget(found: Summary, share: float) -> str:
+    """What the runs say of a budget that lets this share of the stack rows enter, ranking by ranking, in words."""
+    told = []
+    for ranking, points in budgets(found).items():
+        below = [row for at, row in points if at <= share + 1e-9]
+        above = [row for at, row in points if at >= share - 1e-9]
+        ends = {row.variant: f"{row.variant} {100 * row.mean.value:.1f} %" for row in below[-1:] + above[:1]}
+        told.append(f"{RANKINGS[ranking]} {' to '.join(ends.values())}")
+    if not told:
+        return f"{100 * share:.1f} % of the stack rows enter. No budget variant has been run at this setting."
+    return f"{100 * share:.1f} % of the stack rows enter. Variants trained with such budgets read: {'; '.join(told)}."
+
+
 def _setting_of(config: Mapping[str, Any], keys: Sequence[str]) -> float | None:
     """The number under the first of these keys, at the top of a config or one level down."""
     levels = [config, *(value for value in config.values() if isinstance(value, Mapping))]
@@ -626,6 +710,8 @@ def summary(runs: Sequence[Run], metric: str = "fine", bench: str = "AVG") -> Su
     for variant, each in by_variant.items():
         each.sort(key=lambda run: run.seed)
         rows.append(Row(variant, each[0].group, tuple(each), metric, min(run.share(metric)[1] for run in each)))
+    spreads = {of: pooled([row.shares for row in rows if (row.group == TEXT) is of]) for of in (True, False)}
+    rows = [replace(row, spread=spreads[row.group == TEXT]) for row in rows]
     known = {group: place for place, group in enumerate(GROUPS)}
     order = {variant: place for place, variant in enumerate(by_variant)}
     rows.sort(key=lambda r: (r.variant != REFERENCE, known.get(r.group, len(GROUPS)), r.group, order[r.variant]))
@@ -759,20 +845,23 @@ def outcome(search: Search, runs: Sequence[Run]) -> str:
     if search.winner == search.rule:
         return f"The search ended at the paper's rule of thumb, {search.rule}: it finds nothing better."
     here = settings(runs).get(search.setting, [])
+    # the run that won was picked for being good: where there are others of its kind, they speak for it
+    rest = [run for run in here if (run.variant, run.seed) != (search.winner, search.seed)]
+    others = any(run.variant == search.winner for run in rest)
+    here = rest if others else here
     row = {each.variant: each for each in summary(here).rows} if here else {}
     lacks = [name for name in (search.winner, search.rule) if name not in row]
     if lacks:
         return f"Not compared yet: {' and '.join(lacks)} {'has' if len(lacks) == 1 else 'have'} no run on test scenes."
     winner, rule = row[search.winner], row[search.rule]
-    # the run that won was picked for being good: where there are others of its kind, they speak for it
-    others = tuple(run for run in winner.runs if run.seed != search.seed)
     picked = "" if others else " Its only run is the one that the search picked, which flatters it."
-    winner = replace(winner, runs=others or winner.runs)
     gap = winner.minus(rule)
-    ends = f"{100 * gap.value:+.1f} points of fine questions, {100 * gap.low:+.1f} to {100 * gap.high:+.1f}"
-    seeds = f"seeds {_and(winner.seeds)} against {_and(rule.seeds)}"
-    if gap.low <= 0 <= gap.high:
-        told = f"Undecided: {search.winner} against the rule of thumb {search.rule}, {ends}, and that holds zero"
+    ends = f"{100 * gap.value:+.1f} points on fine questions, {100 * gap.low:+.1f} to {100 * gap.high:+.1f}"
+    seeds = f"seed{'s' if len(winner.seeds) > 1 else ''} {_and(winner.seeds)} against {_and(rule.seeds)}"
+    if winner.spread is None:
+        told = f"Undecided: {search.winner} against the rule of thumb {search.rule}, {ends}, one seed of each"
+    elif gap.low <= 0 <= gap.high:
+        told = f"Undecided: {search.winner} against the rule of thumb {search.rule}, {ends}, and that includes zero"
     else:
         word = "beats" if gap.value > 0 else "does not beat"
         told = f"{search.winner} {word} the rule of thumb {search.rule}: {ends}"

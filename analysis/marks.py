@@ -13,6 +13,7 @@ from PIL import Image
 
 from analysis.grids import GridMap
 from analysis.lab import GROUPS, RANKINGS, SHORT_PARTS, Row, Summary, budgets
+from model.lab.variants import SETS
 
 WIDE_BARS = 6  # bars in one chart that have room for two words between them
 MAX_TICKS = 11  # layer labels on one axis, readable at 400 px
@@ -108,6 +109,17 @@ def by_group(rows: Sequence[Row]) -> Iterator[tuple[str, list[int]]]:
     for group in dict.fromkeys(row.group for row in rows):
         at = GROUPS.index(group) if group in GROUPS else len(GROUPS)
         yield str(at), [i for i, row in enumerate(rows) if row.group == group]
+
+
+AXES_NOTE = (
+    "Dots: ours, left; a number beside one: so many of four stacks find a layer. Diamonds: the few values that the "
+    "paper prints, right."
+)
+
+
+def fewer_stacks(axis: str, row: Row) -> str:
+    """How many stacks of a variant find a layer, on the axes where that is fewer than it has; else ""."""
+    return str(row.stacks) if axis in ("start", "interval") and row.stacks not in (None, SETS) else ""
 
 
 # Of the rankings of a budget, in their order: the mark in plotly and in matplotlib, and its plural.

@@ -145,7 +145,7 @@ def _table(options: argparse.Namespace) -> Outcome:
     for setting, each in reading.settings(runs).items():
         found = reading.summary(each, options.metric, options.bench)
         rows = [_compared(found, row) for row in found.rows]
-        headers = ["variant", "seeds", "ours, %", "95 %", f"against {reading.REFERENCE}", f"paper {found.bench}"]
+        headers = ["variant", "seeds", "ours, %", "95 %", "against its control", f"paper {found.bench}"]
         parts.append(f"{setting}: {found.words}\n{table([*headers, 'sign', 'context'], rows)}")
         parts.append("\n".join(["What the paper claims:", *map(_told, claims.findings(found))]))
         written |= {f"{_slug(str(setting))}/{name}": data for name, data in files(each, found).items()}
@@ -209,7 +209,8 @@ def card(job: lab.Job, record: dict) -> str:
 
 def _told(finding: claims.Finding) -> str:
     lines = [f"{finding.kind}: {finding.claim.words} ({finding.claim.source})"]
-    return "\n".join([*lines, *(f"    {outcome.words}" for outcome in finding.outcomes)])
+    lines += [f"    {outcome.words}" for outcome in finding.outcomes]
+    return "\n".join([*lines, *([f"    ({finding.claim.caution})"] if finding.claim.caution else [])])
 
 
 def _slug(words: str) -> str:
@@ -220,7 +221,7 @@ def _compared(found: reading.Summary, row: reading.Row) -> list:
     gap, paper = found.difference(row), reading.PAPER.get(row.variant)
     spread = "" if row.deviation is None else f" ± {100 * row.deviation:.1f}"
     printed = paper.scores.get(found.bench) if paper else None
-    other = "" if found.against(row) == reading.REFERENCE else f" against {found.against(row)}"
+    other = f" against {found.against(row)}"
     return [
         row.variant,
         len(row.seeds),

@@ -46,6 +46,7 @@ PLACES = {
     "dl-deal": "how tokens are dealt out",
     "dl-lab-keep": "what a budget keeps",
 }
+START_BUDGET = 50.0  # % of the rows, where the slider stands at first
 LACKING = {"dl-lab-axes": "along figure 3", "dl-lab-acuity": "acuity", "dl-lab-budget": "budget"}
 LACKING |= {"dl-lab-recall": "recall", "dl-lab-cost": "cost"}  # places that are there only where a figure can be drawn
 
@@ -54,11 +55,18 @@ LACKING |= {"dl-lab-recall": "recall", "dl-lab-cost": "cost"}  # places that are
 
 
 def results(
-    desk: Desk, dark: bool, setting: str, metric: str, bench: str, cost: str, curves: Sequence[str] | None
+    desk: Desk,
+    dark: bool,
+    setting: str,
+    metric: str,
+    bench: str,
+    cost: str,
+    curves: Sequence[str] | None,
+    percent: float = START_BUDGET,
 ) -> tuple:
     """All views of the results file: (head, body, setting, curves, table, variants, axes, acuity, budget, recall,
-    cost, searches)."""
-    nothing = (gr.skip(), gr.skip(), "", None, None, None, None, None, None, "")
+    cost, what is said of the slider's budget, searches). percent: that budget, marked in its figure."""
+    nothing = (gr.skip(), gr.skip(), "", None, None, None, None, None, None, "", "")
     try:
         runs, searches = lab.read(lab.RESULTS), lab.read_searches(lab.SEARCHES)
     except UserError as error:
@@ -81,9 +89,10 @@ def results(
         figures.lab_variants(found, dark) if full["variants"] else None,
         figures.lab_axes(found, dark) if full["along figure 3"] else None,
         figures.acuity_curves(drawn, dark) if full["acuity"] else None,
-        figures.lab_budget(found, dark) if full["budget"] else None,
+        budget_figure(found, percent, dark),
         figures.lab_recall(found, dark) if full["recall"] else None,
         figures.lab_cost(found, cost, dark) if any(row.spent(cost) is not None for row in found.pictures) else None,
+        at_budget(found, percent),
         "".join(search_panel(each, runs) for each in searches),
     )
 
@@ -122,6 +131,15 @@ def keep(desk: Desk, ranking: str, percent: float, dark: bool, model: str, focus
     return "", figures.image_map(shown, prompt.picture(0), dark=dark)
 
 
+def mark(desk: Desk, percent: float, dark: bool, setting: str, metric: str, bench: str) -> tuple:
+    """The slider's budget on the curve of budgets: (that figure, what the runs say of it)."""
+    runs = lab.read(lab.RESULTS)
+    if not runs:
+        return None, ""
+    found, _ = chosen(runs, setting, metric, bench)
+    return budget_figure(found, percent, dark), at_budget(found, percent)
+
+
 def take(
     desk: Desk, what: str, kind: str, setting: str, metric: str, bench: str, cost: str, curves: Sequence[str] | None
 ) -> str:
@@ -144,6 +162,16 @@ def shipped(desk: Desk, variant: str) -> str:
 
 
 # ---- what is shown
+
+
+def budget_figure(found: Summary, percent: float, dark: bool):
+    """The curve of budgets with the slider's, None without a run."""
+    return figures.lab_budget(found, dark, budget.entering(percent / 100)) if lab.budgets(found) else None
+
+
+def at_budget(found: Summary, percent: float) -> str:
+    """What the runs say of the slider's budget."""
+    return f'<p class="dl-note">{markup.escape(lab.at_budget(found, budget.entering(percent / 100)))}</p>'
 
 
 def chosen(runs: Sequence[Run], setting: str, metric: str, bench: str) -> tuple[Summary, list[Setting]]:
@@ -178,7 +206,10 @@ def head(found: Summary, full: Mapping[str, bool], searched: bool) -> str:
     kinds = [found.judge(row).kind for row in found.rows]
     agree, differ, neither = (kinds.count(kind) for kind in ("agrees", "disagrees", "cannot decide"))
     told = f"<b>{agree}</b> agree with the paper in sign, <b>{differ}</b> disagree, <b>{neither}</b> cannot decide"
-    lines = [f'<p class="dl-lab-count" role="status">{told} <span>· {found.setting}</span></p>']
+    seeds = ""
+    if found.spread is not None:
+        seeds = f" · seeds lie {100 * found.spread.deviation:.1f} points apart (standard deviation, pooled)"
+    lines = [f'<p class="dl-lab-count" role="status">{told} <span>· {found.setting}{seeds}</span></p>']
     lines.append(navigation(full, searched))
     missing = [variant for variant in lab.PAPER if found.row(variant) is None]
     if found.reference is None:
@@ -209,7 +240,8 @@ def claims_panel(found: Summary) -> str:
         shown = "".join(f"<li>{markup.escape(outcome.words)}</li>" for outcome in finding.outcomes)
         lines.append(
             f'<li><span class="dl-verdict dl-{kind}">{claims.MARKS[kind]} {kind}</span>'
-            f"<div><b>{markup.escape(claim.words)}</b> <small>{claim.source}</small><ul>{shown}</ul></div></li>"
+            f"<div><b>{markup.escape(claim.words)}</b> <small>{claim.source}</small><ul>{shown}</ul>"
+            f"<small>{markup.escape(claim.caution)}</small></div></li>"
         )
     return (
         f'<div class="dl-panel"><h3>What the paper claims <small>{markup.escape(found.words)}</small></h3>'
@@ -218,12 +250,12 @@ def claims_panel(found: Summary) -> str:
 
 
 def results_table(desk: Desk, runs: Sequence[Run], found: Summary) -> str:
-    """Variant by variant: ours, the difference to the reference, the paper's, the verdict, costs, and how to make it
+    """Variant by variant: ours, the difference to its control, the paper's, the verdict, costs, and how to make it
     again."""
     coarse = lab.summary(lab.settings(runs)[found.setting], "coarse", found.bench)
     parts = [
         '<table class="dl-lab-table"><thead><tr><th>Variant</th><th>Ours, %</th>'
-        f"<th>Against {lab.REFERENCE}</th><th>Paper, {found.bench}</th><th>Sign</th><th>Coarse, %</th><th>Cost</th>"
+        f"<th>Against its control</th><th>Paper, {found.bench}</th><th>Sign</th><th>Coarse, %</th><th>Cost</th>"
         "</tr></thead>"
     ]
     for group in dict.fromkeys(row.group for row in found.rows):
@@ -270,18 +302,21 @@ def search_panel(search: Search, runs: Sequence[Run]) -> str:
 
 def _row(desk: Desk, found: Summary, coarse: Summary, row: Row) -> str:
     gap, verdict, paper = found.difference(row), found.judge(row), lab.PAPER.get(row.variant)
-    side = coarse.row(row.variant)
-    printed = "–"
+    side, control = coarse.row(row.variant), found.against(row)
+    against = "" if control == row.variant else f"against {markup.escape(control)}"
+    printed, own = "–", markup.escape(lab.what(row.variant))
+    if row.runs[0].gates:
+        own += f"; learned, seed {row.seeds[0]}: {', '.join(f'{gate:.2f}' for gate in row.runs[0].gates)}"
     if paper is not None and paper.scores:
-        change = "" if row.variant == lab.REFERENCE else f" ({paper.difference(found.bench):+.1f})"
+        change = f" ({paper.difference(found.bench):+.1f})" if against else ""
         printed = f"{paper.scores[found.bench]:.1f}{change}<small>{markup.escape(paper.source)}</small>"
     elif paper is not None and paper.sign:
         printed = f"{'better' if paper.sign > 0 else 'worse'}<small>{markup.escape(paper.source)}</small>"
     kind = verdict.kind.replace(" ", "-")
     cells = {
-        "Variant": f"<b>{markup.escape(row.variant)}</b><small>{markup.escape(lab.what(row.variant))}</small>",
+        "Variant": f"<b>{markup.escape(row.variant)}</b><small>{own}</small>",
         "Ours, %": _share(row),
-        f"Against {lab.REFERENCE}": "–" if gap is None else _points(gap, found.against(row)),
+        "Against its control": _points(gap, against) if against else "–",
         f"Paper, {found.bench}": printed,
         "Sign": f'<span class="dl-verdict dl-{kind}">{verdict.mark} {verdict.kind}</span>'
         f"<small>{markup.escape(verdict.why)}</small>",
@@ -301,9 +336,10 @@ def _share(row: Row, short: bool = False) -> str:
     return f"<span>{100 * row.mean.value:.1f}{deviation}</span><small>{ends}{seeds}</small>"
 
 
-def _points(gap: Interval, against: str) -> str:
-    other = "" if against == lab.REFERENCE else f", <br>against {against}"
-    return f"{100 * gap.value:+.1f}<small>{100 * gap.low:+.1f} to {100 * gap.high:+.1f}{other}</small>"
+def _points(gap: Interval | None, against: str) -> str:
+    if gap is None:
+        return f"–<small>{against}: not run</small>"
+    return f"{100 * gap.value:+.1f}<small>{100 * gap.low:+.1f} to {100 * gap.high:+.1f}, <br>{against}</small>"
 
 
 def _costs(row: Row) -> str:
@@ -312,14 +348,17 @@ def _costs(row: Row) -> str:
         return "" if value is None else f"{words} {shown(value)}"
 
     context = spent("context", "", lambda v: f"{v:.0f} rows")
+    tower = spent("tower_flops", "+ tower", lambda v: f"{si(v)}FLOP")
     prefill = [
-        spent("prefill_flops", "", lambda v: f"{si(v)}FLOP"),
+        " ".join(filter(None, [spent("prefill_flops", "", lambda v: f"{si(v)}FLOP"), tower])),
         spent("prefill_seconds", "", markup.milliseconds),
         spent("prefill_bytes", "", lambda v: f"{si(v)}B"),
     ]
-    step = [spent("step_seconds", "", markup.milliseconds), spent("step_bytes", "", lambda v: f"{si(v)}B")]
+    step = [spent("step_flops", "", lambda v: f"{si(v)}FLOP")]
+    step += [spent("step_seconds", "", markup.milliseconds), spent("step_bytes", "", lambda v: f"{si(v)}B")]
     lines = [f"{name} {', '.join(filter(None, each))}" for name, each in (("prefill", prefill), ("step", step))]
     lines = [line for line in lines if "," in line or line.count(" ") > 1]
+    lines += [spent("parameters", "", lambda v: f"{si(v)}parameters")] if row.spent("parameters") else []
     return f"{context or '–'}<small>{', <br>'.join(' '.join(line.split()) for line in lines)}</small>"
 
 
@@ -434,8 +473,9 @@ def build(desk: Desk, *, tab, model, focus, dark, examples) -> tuple:
             ranking = gr.Radio(
                 [(words, key) for key, words in budget.RANKINGS.items()], value="norm", label="Rows ranked"
             )
-            percent = gr.Slider(5, 100, value=50, step=5, label="Rows that keep some of their stacks, %")
+            percent = gr.Slider(5, 100, value=START_BUDGET, step=5, label="Rows that keep some of their stacks, %")
             show = gr.Button("Show on the image", size="sm", elem_id="dl-lab-show")
+        told = gr.HTML("", apply_default_css=False, elem_id="dl-lab-at-budget")
         line = line_of()
         lacks = gr.HTML("", apply_default_css=False)
         kept = gr.Plot(show_label=False, container=False, elem_id="dl-lab-kept")
@@ -443,9 +483,9 @@ def build(desk: Desk, *, tab, model, focus, dark, examples) -> tuple:
     cards = examples()
 
     choices = [setting, metric, bench, cost, curves]
-    views = [status, body, setting, curves, table, variants, axes, acuity, budgets, recall, spent, searched]
+    views = [status, body, setting, curves, table, variants, axes, acuity, budgets, recall, spent, told, searched]
     shown = {
-        "fn": bound(results, desk), "inputs": [dark, *choices], "outputs": views, "queue": False,
+        "fn": bound(results, desk), "inputs": [dark, *choices, percent], "outputs": views, "queue": False,
         "show_progress": "minimal", "show_progress_on": [status],
     }  # fmt: skip
     tab.select(**shown, api_name="open_lab")
@@ -461,6 +501,11 @@ def build(desk: Desk, *, tab, model, focus, dark, examples) -> tuple:
         **in_turn(keep, desk, [lacks, kept], line), "inputs": [ranking, percent, dark, model, focus],
         "show_progress": "minimal", "show_progress_on": [kept],
     }  # fmt: skip
+    marked = {
+        "fn": bound(mark, desk), "inputs": [percent, dark, setting, metric, bench], "outputs": [budgets, told],
+        "queue": False, "show_progress": "hidden",
+    }  # fmt: skip
+    percent.release(**marked, api_name="mark_budget")
     for event, name in ((show.click, "keep"), (ranking.input, "keep_ranking"), (percent.release, "keep_share")):
         event(**keeping, api_name=name)
     start = "() => document.querySelector('#dl-lab-file').click()"

@@ -9,9 +9,11 @@ from tests import lab as made
 from tests.lab import line
 
 
-def summary(tmp_path, shares):
-    """One seed of 600 questions each; an interval of a difference is about 5 points wide to each side."""
+def summary(tmp_path, shares, second=("gate", "gate")):
+    """One seed of 600 questions about 300 codes each, and of gate two that agree; an interval of a difference is about
+    8 points wide to each side."""
     lines = [line(variant, share) for variant, share in shares.items()]
+    lines += [line(variant, 0.5, seed=4 * seed) for seed, variant in enumerate(second)]  # seeds 0, 4: no noise
     return lab.summary(lab.read(made.write(tmp_path / "results.jsonl", lines)))
 
 

@@ -102,12 +102,31 @@ def test_one_seed_has_the_interval_of_its_questions():
     assert gap.low == pytest.approx(low, abs=2e-3) and gap.low > 0
 
 
-def test_seeds_that_scatter_widen_the_interval_and_equal_ones_do_not_make_it_vanish():
-    calm, wild = lab.mean_interval([0.5, 0.5, 0.5], 100), lab.mean_interval([0.3, 0.5, 0.7], 100)
-    assert calm == lab.mean_interval([0.5], 100)
-    assert wild.high - wild.value == pytest.approx(4.303 * 0.2 / math.sqrt(3), abs=1e-3)
-    gap = lab.difference_interval([0.3, 0.5, 0.7], [0.2, 0.4, 0.6], 100_000)
-    assert gap.high - gap.value == pytest.approx(2.776 * math.sqrt(2 * 0.04 / 3), abs=1e-3)  # Welch, df 4
+def test_the_spread_of_seeds_is_pooled_over_variants_that_have_several():
+    """By hand: 0.1 and 0.3 lie 0.02 in squares from their mean, 0.5, 0.6, 0.7 as much: 0.04 over 1 + 2 degrees."""
+    assert lab.pooled([[0.1, 0.3], [0.9], [0.5, 0.6, 0.7]]) == (pytest.approx(math.sqrt(0.04 / 3)), 3)
+    assert lab.pooled([[0.1], [0.9]]) is None and lab.pooled([]) is None
+
+
+def test_seeds_that_scatter_widen_every_interval_and_equal_ones_do_not_make_it_vanish():
+    calm, wild = lab.Spread(0.0, 2), lab.Spread(0.05, 4)
+    alone = lab.mean_interval([0.5], 100)
+    assert lab.mean_interval([0.5, 0.5, 0.5], 100, calm) == alone
+    sure = lab.mean_interval([0.4, 0.6], 10**9, wild)  # no doubt from questions: 2.776 is Student's for 4 degrees
+    assert sure.high - 0.5 == pytest.approx(2.776 * 0.05 / math.sqrt(2), abs=1e-4)
+    both = lab.mean_interval([0.5], 100, wild)
+    assert both.high - 0.5 == pytest.approx(math.hypot(alone.high - 0.5, 2.776 * 0.05), abs=1e-4)
+    gap = lab.difference_interval([0.5, 0.5, 0.5], [0.4], 10**9, wild)
+    assert gap.high - 0.1 == pytest.approx(2.776 * 0.05 * math.sqrt(1 / 3 + 1), abs=1e-4)
+    assert gap.high - gap.value == pytest.approx(gap.value - gap.low)
+
+
+def test_a_code_that_is_asked_for_twice_counts_once(tmp_path):
+    """By colour and by place: 600 questions ask for 300 codes; those of a text each for a fact of their own."""
+    found = summary(tmp_path)
+    assert (found.row("none").n, found.row("none").things, found.row("text-full").things) == (600, 300, 600)
+    only = {"accuracy": {"fine": {"n": 5, "exact_match": 0.2}, "ink": {"n": 300, "exact_match": 0.1}}}
+    assert summary(tmp_path, line("none", **only), metric="ink").row("none").things == 300
 
 
 # ---- summary and verdicts
@@ -119,6 +138,7 @@ def test_mean_and_spread_over_seeds(tmp_path):
     assert row.mean.value == pytest.approx(0.11) and row.deviation == pytest.approx(0.01) and row.seeds == (0, 1, 2)
     assert found.row("gate").deviation is None and found.difference(found.reference) is None
     assert found.difference(row).value == pytest.approx(-0.49)
+    assert found.spread.deviation == pytest.approx(0.01) and found.spread.df == 2 * 15  # gate has one seed
     assert [found.rows[0].variant, found.rows[-1].group] == ["stack-2d", "budget"]
 
 
@@ -133,7 +153,7 @@ def test_signs_beside_the_papers(tmp_path):
         **dict.fromkeys(("budget-50", "budget-25", "budget-50-random"), "not in the paper"),
         **{"text-truncated": "reference", "text-full": "not in the paper", "text-stack-dilated": "not in the paper"},
     }
-    assert "holds zero" in found.judge(found.row("concat")).why
+    assert "includes zero" in found.judge(found.row("concat")).why
     assert "below 1" in found.judge(found.row("string")).why  # 50.7 against 51.1 on average …
     documents = summary(tmp_path, bench="DocVQA")
     assert documents.judge(documents.row("string")).kind == "agrees"  # … but 43.5 against 38.7 on documents
@@ -141,11 +161,37 @@ def test_signs_beside_the_papers(tmp_path):
     assert read.judge(read.row("string")).kind == "disagrees"
 
 
-def test_one_seed_can_decide_by_its_questions_and_few_questions_cannot(tmp_path):
+def test_nothing_is_decided_before_some_variant_has_a_second_seed_nor_by_few_questions(tmp_path):
     few = {"accuracy": {"fine": {"n": 5, "exact_match": 0.2}}}
-    found = summary(tmp_path, line("stack-2d"), line("none"), line("dummy", **few))
+    lines = [line("stack-2d"), line("none"), line("dummy", **few)]
+    alone = summary(tmp_path, *lines)
+    assert alone.spread is None and "second seed" in alone.judge(alone.row("none")).why
+    found = summary(tmp_path, *lines, line("stack-2d", seed=1))
     assert found.judge(found.row("none")).kind == "agrees"
     assert found.judge(found.row("dummy")).kind == "cannot decide"
+    wild = summary(tmp_path, *lines, line("stack-2d", 0.2, seed=1))  # 0.6 and 0.21: one degree of freedom
+    assert wild.judge(wild.row("none")).kind == "cannot decide"
+
+
+def test_each_variant_is_compared_with_what_differs_from_it_in_one_thing(tmp_path):
+    against = {
+        "deepstack-v-3": "none-tuned", "interval-2": "none", "start-6": "layers-2", "start-4": "stack-2d",
+        "taps-3": "taps-0", "taps-3-last": "taps-3", "budget-50-question": "budget-50-random",
+        "budget-50-random": "stack-2d", "text-full": "text-truncated", "none": "stack-2d",
+    }  # fmt: skip
+    groups = {name: VARIANTS[name].group for name in against}
+    found = summary(tmp_path, *(line(name, 0.5, group=group) for name, group in groups.items()))
+    assert {row.variant: found.against(row) for row in found.rows} == against
+    assert {*lab.CONTROLS.values()} <= set(VARIANTS) and {*lab.CONTROLS} <= set(VARIANTS)
+    assert not set(lab.CONTROLS) & set(lab.PAPER)
+
+
+def test_stacks_that_find_no_layer_are_counted(tmp_path):
+    config = {"config": {"llm_layers": 8}}
+    names = {"start-6": 2, "interval-3": 3, "stack-2d": 4, "none": 0}
+    found = summary(tmp_path, *(line(name, 0.5, group="where", **config) for name in names))
+    assert {row.variant: row.stacks for row in found.rows} == names
+    assert summary(tmp_path, line("none"), line("new", 0.1, group="where", **config)).row("new").stacks is None
 
 
 def test_without_the_variant_it_is_compared_with_nothing_is_judged(tmp_path):
@@ -163,7 +209,7 @@ def test_axes_of_figure_3(tmp_path):
         "start": [(0, "start-0"), (1, "stack-2d"), (5, "start-last")],
         "interval": [(1, "stack-2d"), (2, "interval-2")],
         "layers": [(0, "none"), (2, "layers-2"), (4, "stack-2d")],
-        "global": [(0, "none"), (4, "global-deeper"), (6, "global-deeper-6")],
+        "global": [(0, "none"), (50, "global-deeper"), (75, "global-deeper-6")],
         "tower": [],
     }
     nested = {"config": {"deepstack": {"start": 3}}}
@@ -205,7 +251,7 @@ def test_recall_is_told_by_part_of_the_text(tmp_path):
     recall = found.row("text-truncated").recall
     assert [*recall] == [*range(1, 9)] and recall[1].value == 0 and recall[8].value == pytest.approx(0.97)
     three = found.row("text-full").recall[4]
-    assert three == lab.mean_interval([0.95, 0.96, 0.94], 75)
+    assert three == lab.mean_interval([0.95, 0.96, 0.94], 75)  # of the questions: spreads are of whole runs
     records = lab.recall_table(found).records()
     assert len(records) == 3 * 8 and records[0] == {
         "variant": "text-full", "part": 1, "exact_match": pytest.approx(0.95),
@@ -214,9 +260,9 @@ def test_recall_is_told_by_part_of_the_text(tmp_path):
     assert found.row("none").recall == {}
 
 
-def test_acuity_adds_the_questions_of_all_seeds(tmp_path):
+def test_acuity_is_the_mean_of_seeds_which_are_asked_for_the_same_codes(tmp_path):
     curve = summary(tmp_path).row("none").acuity
-    assert list(curve.glyph_px) == [7, 8, 10] and list(curve.n) == [300, 300, 300]
+    assert list(curve.glyph_px) == [7, 8, 10] and list(curve.n) == [50, 50, 50]
     assert curve.exact == pytest.approx(np.array([0.05, 0.1, 0.2]))
     assert list(lab.curves(summary(tmp_path), ["none", "nobody"])) == ["none"]
 
@@ -240,11 +286,12 @@ def test_every_number_comes_with_the_command_that_makes_it_again(tmp_path):
 
 
 def test_the_table_has_all_settings_and_both_scales(tmp_path):
-    found = lab.table(runs(tmp_path, line("stack-2d"), line("none"), line("none", steps=9))).records()
+    lines = [line("stack-2d"), line("stack-2d", seed=1), line("none"), line("none", steps=9)]
+    found = lab.table(runs(tmp_path, *lines)).records()
     assert [(row["steps"], row["variant"]) for row in found] == [(2000, "stack-2d"), (2000, "none"), (9, "none")]
     assert (found[1]["paper_score"], found[1]["paper_difference"], found[1]["verdict"]) == (49.1, -2.0, "agrees")
-    assert found[1]["difference"] == pytest.approx(-0.5) and found[2]["difference"] is None
-    assert found[0]["context"] == 66 and found[0]["hours"] == 0.17
+    assert found[1]["difference"] == pytest.approx(-0.505) and found[2]["difference"] is None
+    assert found[0]["context"] == 66 and found[0]["hours"] == 0.34
 
 
 # ---- searches
@@ -287,10 +334,11 @@ def test_the_winner_meets_the_rule_on_test_scenes(tmp_path, share, said):
     wins = [line(WINNER, 0.99 if seed == 0 else share, group="where", seed=seed) for seed in (0, 1, 2)]
     told = lab.outcome(found, runs(tmp_path, *rule, *wins))
     assert told.startswith(said) and told.endswith("(seeds 1 and 2 against 0, 1 and 2).")
-    gap = lab.difference_interval([share + 0.01, share - 0.01], [0.6, 0.61, 0.59], 600)
-    assert f"{100 * gap.value:+.1f} points of fine questions, {100 * gap.low:+.1f} to {100 * gap.high:+.1f}" in told
+    spread = lab.pooled([[share + 0.01, share - 0.01], [0.6, 0.61, 0.59]])
+    gap = lab.difference_interval([share + 0.01, share - 0.01], [0.6, 0.61, 0.59], 300, spread)
+    assert f"{100 * gap.value:+.1f} points on fine questions, {100 * gap.low:+.1f} to {100 * gap.high:+.1f}" in told
     alone = lab.outcome(found, runs(tmp_path, rule[0], wins[0]))
-    assert "(seeds 0 against 0). Its only run is the one that the search picked" in alone
+    assert "one seed of each (seed 0 against 0). Its only run is the one that the search picked" in alone
 
 
 def test_what_cannot_be_compared_is_said(tmp_path):

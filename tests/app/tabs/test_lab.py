@@ -33,7 +33,7 @@ def results(tmp_path, monkeypatch):
 def test_without_results_the_commands_stand_there(desk, results):
     head, body, *rest = lab.results(desk, False, *CHOICES)
     assert "No results yet" in head and "app lab run stack-2d none dummy" in head.replace("&#45;", "-")
-    assert body.visible is False and rest[2] == "" and rest[3:] == [None] * 6 + [""]
+    assert body.visible is False and rest[2] == "" and rest[3:] == [None] * 6 + ["", ""]
     made.write(results, [])
     assert lab.results(desk, False, *CHOICES)[0] == head
     with pytest.raises(UserError, match="no results yet; run python -m app lab run stack-2d"):
@@ -50,7 +50,7 @@ def test_a_broken_line_is_said_on_the_page(desk, results):
 
 def test_all_views_of_a_full_file(desk, results):
     made.write(results)
-    head, body, setting, curves, table, *plots, searched = lab.results(desk, True, *CHOICES)
+    head, body, setting, curves, table, *plots, at_budget, searched = lab.results(desk, True, *CHOICES)
     assert (
         searched == ""
         and body.visible
@@ -62,6 +62,7 @@ def test_all_views_of_a_full_file(desk, results):
     told = html.unescape(head)
     assert "✗ contradicted</span>" in told and "stack-2d above none: holds, +50.0 points" in told
     assert "stack-2d above layers-1: not run" in told
+    assert "37.5 % of the stack rows enter" in (said := html.unescape(at_budget)) and "norm budget-50 45.0 %" in said
     assert curves.value == ["stack-2d", "none", "dummy", "string", "concat"]
     for variant in made.MADE_UP:
         seeds = "0" if variant == "gate" else "0,1,2"
@@ -72,23 +73,24 @@ def test_all_views_of_a_full_file(desk, results):
 
 def test_text_variants_stand_in_the_table_and_in_a_figure_of_their_own(desk, results):
     made.write(results)
-    table, variants, *_, recall, cost, _ = lab.results(desk, False, *CHOICES)[4:]
+    table, variants, *_, recall, cost, _, _ = lab.results(desk, False, *CHOICES)[4:]
     assert "against text-truncated" in table.replace("&#45;", "-") and "+71.0" in table
     assert "text-full" not in variants.to_json() and "text-full" not in cost.to_json()
     assert len(recall.data) == 3 and list(recall.data[1].x) == [*range(1, 9)] and recall.data[1].y[7] > 90
     made.write(results, [line("text-full"), line("text-truncated")])
-    *_, table, variants, axes, acuity, budget, recall, cost, _ = lab.results(desk, False, *CHOICES)
+    *_, table, variants, axes, acuity, budget, recall, cost, _, _ = lab.results(desk, False, *CHOICES)
     assert recall.data and "+71.0" in table and [variants, axes, acuity, budget, cost] == [None] * 5
     with pytest.raises(UserError, match="nothing to draw for “variants”"):
         lab.take(desk, "variants", "png", *CHOICES)
 
 
 def test_a_search_is_told_with_its_rungs_and_what_came_of_it(desk, results):
-    made.write(results, [line("stack-2d"), line("start-2-interval-1-count-3", 0.8, group="where")])
+    runs = [line("stack-2d"), line("stack-2d", seed=1), line("start-2-interval-1-count-3", 0.8, group="where")]
+    made.write(results, runs)
     made.write(results.with_name("search.jsonl"), [made.search()])
-    *_, table, _, _, _, _, _, _, told = lab.results(desk, False, *CHOICES)
+    *_, table, _, _, _, _, _, _, _, told = lab.results(desk, False, *CHOICES)
     told, table = html.unescape(told), html.unescape(table)
-    assert "beats the rule of thumb stack-2d: +20.0 points" in told and "4,000 of 5,000 training steps" in told
+    assert "beats the rule of thumb stack-2d: +19.5 points" in told and "4,000 of 5,000 training steps" in told
     assert told.count("<tr>") == 3 + 4 + 2 + 1 and told.count("kept</td>") == 2 + 1 + 1
     assert "python -m app lab search --seeds 0 --budget 5000 --steps 2000" in told
     assert "3 stacks from layer 2 on" in table
@@ -171,6 +173,29 @@ def test_numbers_with_prefixes():
 def test_the_picture_follows_the_image_in_focus(desk, focus):
     assert lab.deal(desk, HIRES, Focus()) is None
     assert lab.deal(desk, HIRES, focus)["name"] == "receipt.png"
+
+
+def test_the_sliders_budget_stands_on_the_curve(desk, results):
+    """20 % of the rows keep some stacks: 15 % of all stack rows, between none and budget-25."""
+    assert lab.mark(desk, 50, False, "", "fine", "AVG") == (None, "")
+    made.write(results)
+    figure, said = lab.mark(desk, 20, False, "", "fine", "AVG")
+    assert figure.layout.shapes[0].x0 == pytest.approx(15)
+    assert "15.0 % of the stack rows enter" in html.unescape(said)
+    assert "by norm none 10.0 % to budget-25 30.0 %" in html.unescape(said)
+    made.write(results, [line("none"), line("stack-2d")])
+    figure, said = lab.mark(desk, 100, False, "", "fine", "AVG")
+    assert figure is None and "No budget variant has been run" in html.unescape(said)
+
+
+def test_learned_gates_and_what_a_row_is_compared_with_are_told(desk, results):
+    config = {"config": {"llm_layers": 8}}
+    lines = [line("stack-2d"), line("gate", gates=[1.904, 2.1]), line("start-6", 0.3, group="where", **config)]
+    made.write(results, lines)
+    table = html.unescape(lab.results(desk, False, *CHOICES)[4])
+    assert "learned, seed 0: 1.90, 2.10" in table and "against layers-2: not run" in table
+    made.write(results, [*lines, line("layers-2")])
+    assert "-10.0" in html.unescape(lab.results(desk, False, *CHOICES)[4])
 
 
 def test_what_a_budget_keeps_is_shown_on_the_image(desk, focus):
