@@ -212,13 +212,13 @@ FIGURE_3 = {
         {0: PAPER_BASELINE, 4: PAPER_DEEPSTACK}, "Figure 3 c: best with four; a plot without numbers between.",
     ),
     "global": Axis(
-        "Where the global tokens enter, no stacks", "% of the decoder's depth", r"global-deeper(?:-(\d+))?",
+        "Where global tokens enter", "% of depth, no stacks", r"global-deeper(?:-(\d+))?",
         ("base_at",), "none", {0: PAPER_BASELINE},
         "Figure 3 a: up to a quarter of the depth (layer 8 of 32) acceptable, past the midpoint a significant drop; a "
         "plot without numbers.", 100 / OUR_LAYERS,
     ),
     "tower": Axis(
-        "First tower layer that gets a stack", "% of the tower's depth", r"deepstack-v-(\d+)",
+        "First tower layer stacked", "% of its depth", r"deepstack-v-(\d+)",
         ("tower_start",), "", {100 * n / ITS_TOWER: scores for n, scores in TABLE_4.items()},
         "Table 4: the later the better, above its baseline from layer 16 of 24 (67 %) on.", 100 / OUR_TOWER,
     ),

@@ -111,10 +111,7 @@ def by_group(rows: Sequence[Row]) -> Iterator[tuple[str, list[int]]]:
         yield str(at), [i for i, row in enumerate(rows) if row.group == group]
 
 
-AXES_NOTE = (
-    "Dots: ours, left; a number beside one: so many of four stacks find a layer. Diamonds: the few values that the "
-    "paper prints, right."
-)
+AXES_NOTE = "Dots: ours, left; a number: stacks that find a layer, of four. Diamonds: the paper's, right."
 
 
 def fewer_stacks(axis: str, row: Row) -> str:

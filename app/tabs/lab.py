@@ -343,23 +343,24 @@ def _points(gap: Interval | None, against: str) -> str:
 
 
 def _costs(row: Row) -> str:
-    def spent(cost: str, words: str, shown) -> str:
-        value = row.spent(cost)
-        return "" if value is None else f"{words} {shown(value)}"
+    def told(name: str, *costs: tuple) -> str:
+        shown = [show(value) for cost, show in costs if (value := row.spent(cost))]
+        return f"{name} {', '.join(shown)}".strip() if shown else ""
 
-    context = spent("context", "", lambda v: f"{v:.0f} rows")
-    tower = spent("tower_flops", "+ tower", lambda v: f"{si(v)}FLOP")
-    prefill = [
-        " ".join(filter(None, [spent("prefill_flops", "", lambda v: f"{si(v)}FLOP"), tower])),
-        spent("prefill_seconds", "", markup.milliseconds),
-        spent("prefill_bytes", "", lambda v: f"{si(v)}B"),
+    def flops(value: float) -> str:
+        return f"{si(value)}FLOP"
+
+    def held(value: float) -> str:
+        return f"{si(value)}B"
+
+    lines = [
+        told("prefill", ("prefill_flops", flops), ("prefill_seconds", markup.milliseconds), ("prefill_bytes", held)),
+        told("tower", ("tower_flops", flops)),
+        told("step", ("step_flops", flops), ("step_seconds", markup.milliseconds), ("step_bytes", held)),
+        told("", ("parameters", lambda value: f"{si(value)} parameters".replace("  ", " "))),
     ]
-    step = [spent("step_flops", "", lambda v: f"{si(v)}FLOP")]
-    step += [spent("step_seconds", "", markup.milliseconds), spent("step_bytes", "", lambda v: f"{si(v)}B")]
-    lines = [f"{name} {', '.join(filter(None, each))}" for name, each in (("prefill", prefill), ("step", step))]
-    lines = [line for line in lines if "," in line or line.count(" ") > 1]
-    lines += [spent("parameters", "", lambda v: f"{si(v)}parameters")] if row.spent("parameters") else []
-    return f"{context or '–'}<small>{', <br>'.join(' '.join(line.split()) for line in lines)}</small>"
+    context = told("", ("context", lambda value: f"{value:.0f} rows"))
+    return f"{context or '–'}<small>{', <br>'.join(filter(None, lines))}</small>"
 
 
 def si(value: float) -> str:
