@@ -636,7 +636,7 @@ def lab_axes(found: Summary, dark: bool | None = None) -> go.Figure:
         fig,
         f"{found.words.capitalize()}, along figure 3 and table 4",
         dark,
-        170 * max(1, len(axes)),
+        165 * max(1, len(axes)),
         marks.AXES_NOTE,
         right=48,
     )
