@@ -24,7 +24,7 @@ from model.errors import UserError
 from model.lab import cost, results, scenes, texts
 from model.lab.text_twin import SPREAD, TextTwin
 from model.lab.twin import RANK, LabTwin
-from model.lab.variants import LONG, Variant, first_layer, variant_of
+from model.lab.variants import LAYERS, LONG, Variant, first_layer, variant_of
 from model.training import dataset, twins
 from model.training.scenes import Question
 from model.training.tokenizer import make_tokenizer
@@ -52,8 +52,8 @@ class Size:
 SIZES = {
     size.name: size
     for size in (
-        Size("small", width=128, layers=8, scenes=4000, steps=2000),
-        Size("large", width=256, layers=8, scenes=20_000, steps=8000, batch=16, rate=0.014, test=600),
+        Size("small", width=128, layers=LAYERS, scenes=4000, steps=2000),
+        Size("large", width=256, layers=LAYERS, scenes=20_000, steps=8000, batch=16, rate=0.014, test=600),
     )
 }
 

@@ -55,13 +55,13 @@ class Found:
 
 
 def candidates(layers: int) -> list[Variant]:
-    """Every placing in a decoder of so many layers whose stacks all find one."""
+    """Every placement in a decoder of so many layers whose stacks all find one."""
     return [
         variant
         for count in range(1, SETS + 1)
         for interval in range(1, WIDEST + 1)
         for start in range(layers - interval * (count - 1))
-        if (variant := placed(start, interval, count))
+        if (variant := placed(start, interval, count, layers))
     ]
 
 

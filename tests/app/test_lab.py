@@ -98,7 +98,7 @@ def test_a_search_spends_its_budget_and_meets_the_rule_of_thumb(said, tmp_path, 
     record = json.loads(line)
     assert record["spent"] == 5 and [len(rung["ranking"]) for rung in record["rungs"]] == [2, 1, 1]
     assert {each["variant"] for _, each in results.lines(file)} == {record["winner"], "stack-2d"}
-    assert "5 of 5 steps spent on 2 of 49 placings" in out and "at step 1:" in out and "stack-2d" in out
+    assert "5 of 5 steps spent on 2 of 49 placements" in out and "at step 1:" in out and "stack-2d" in out
     table = said("table", "--results", str(file))[1]
     assert "search, tiny, 4 steps on cpu, seed 0: " in table and "at step" not in table
     before = file.read_text()

@@ -12,11 +12,11 @@ from model.errors import UserError
 from model.lab import run as lab
 from model.lab import scenes, search
 from model.lab.search import Rung
-from model.lab.variants import VARIANTS, layers_of, placed, variant_of
+from model.lab.variants import LAYERS, VARIANTS, layers_of, placed, variant_of
 from model.training import twins
 from tests.model.lab.lab_sizes import TINY, weights
 
-STEPS, LAYERS = 8, 8
+STEPS = 8
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def searched(workdir, made, rungs, progress=None):
 # ---- what is tried, for how much
 
 
-def test_every_candidate_is_a_placing_of_its_own_whose_stacks_find_layers():
+def test_every_candidate_is_a_placement_of_its_own_whose_stacks_find_layers():
     every = search.candidates(LAYERS)
     assert len(every) == 49 and len({tuple(layers_of(variant, LAYERS)) for variant in every}) == 49
     for variant in every:
@@ -64,7 +64,7 @@ def test_every_candidate_is_a_placing_of_its_own_whose_stacks_find_layers():
         assert other.config() == variant.config()
 
 
-def test_a_placing_of_the_registry_is_that_variant_with_its_key():
+def test_a_placement_of_the_registry_is_that_variant_with_its_key():
     known = {(1, 1, 4): "stack-2d", (2, 1, 4): "start-2", (1, 2, 4): "interval-2", (1, 1, 3): "layers-3"}
     for place, name in known.items():
         assert placed(*place) is VARIANTS[name]
