@@ -108,12 +108,14 @@ def killer(at: int):
 
 # among the steps without questions, and after them; budgets by question draw by chance in the first ones
 KILLED = [("gate", 3), ("gate", 9), ("deepstack-v-3", 9), ("taps-samples", 9)]
+KILLED += [("budget-50-random", 9)]  # right after a score, which draws by chance as well
 KILLED += [("budget-50-question", 3), ("budget-50-question", 9), ("text-stack-chunks", 3), ("text-full", 9)]
 
 
 @pytest.mark.parametrize("name, at", KILLED)
 def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path, workdir, monkeypatch, name, at):
     monkeypatch.setattr(twins, "SAVE_EVERY", 2)
+    monkeypatch.setattr(twins, "SCORE_EVERY", 4)
     made = job(name, steps=10)
     (tmp_path / "lab").mkdir()
     (tmp_path / "lab" / f"data-{scenes.tower_mark()}").symlink_to(workdir / "lab" / f"data-{scenes.tower_mark()}")
@@ -122,10 +124,13 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path, workdir
     with pytest.raises(Killed):
         lab.run(made, tmp_path, "cpu", progress=killer(at))
     assert weights(made, tmp_path)["step"] == at - 1
-    lab.run(made, tmp_path, "cpu")
+    ended = lab.run(made, tmp_path, "cpu")
     broken = weights(made, tmp_path)
     lab.forget(made, tmp_path)
-    lab.run(made, tmp_path, "cpu")
+    record = lab.run(made, tmp_path, "cpu")
+    curve = (made.folder(tmp_path) / "curve.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in curve if "chars" in line] == [8, 10]
+    assert ended["accuracy"] == record["accuracy"] == lab.run(made, tmp_path, "cpu")["accuracy"]
     unbroken = weights(made, tmp_path)
     assert broken["step"] == unbroken["step"] == 10
     assert all(torch.equal(broken["twin"][name], value) for name, value in unbroken["twin"].items())
