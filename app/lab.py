@@ -116,7 +116,8 @@ def _search(options: argparse.Namespace) -> Outcome:
     told = reading.read_searches(file.with_name(results.SEARCHES.name))[-1]
     text = "\n\n".join(
         [
-            f"{told.spent:,} of {budget:,} steps spent on {told.rungs[0].count} of {told.candidates} placements",
+            f"{told.spent:,} of {budget:,} steps spent on {told.rungs[0].count} of {told.candidates} placements, "
+            "as many of each number of stacks",
             *(f"at step {rung.step:,}:\n{table(reading.RUNG, rung.rows)}" for rung in told.rungs),
             reading.outcome(told, reading.read(file)),
         ]
