@@ -44,6 +44,18 @@ def test_a_run_that_dies_is_begun_again_and_a_mistake_is_said(tmp_path):
     assert 2 / 3 < share < 1 and words.startswith("2 of 3 runs, ") and words.endswith("min left; number 3")
 
 
+def test_the_time_left_counts_what_was_trained_since_it_began():
+    """Two of four runs went on from a half and have come to three quarters in a minute: a run's half takes two."""
+    assert many.time_left((0.75, 0.75), (0.5, 0.5), 60) == 60
+    assert many.time_left((0.75, 0.75, 0.0, 0.0), (0.5, 0.5, 0.0, 0.0), 60) == 60 * 2.5 / 0.5
+    assert many.time_left((1.0, 0.25), (1.0, 0.0), 60) == 180  # the first had ended long ago
+    assert many.time_left((0.5, 0.0), (0.5, 0.0), 60) is None
+    board = many.Board()
+    for share in (0.5, 0.6, 0.7):
+        board.say(3, share, "a run")
+    assert board.all() == ({3: (0.7, "a run")}, {3: 0.5})
+
+
 def test_an_address_where_no_cluster_is_gets_one_sentence():
     with pytest.raises(UserError, match="Ray does not start at 127.0.0.1:9: "):
         list(many.through_ray(work, [], address="127.0.0.1:9"))
