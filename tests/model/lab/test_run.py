@@ -5,6 +5,9 @@ Run: pytest tests/model/lab/test_run.py
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,7 +170,30 @@ def test_records_are_written_once(tmp_path):
     for record in (one, other, one | {"hours": 2}):
         results.write(record, file)
     assert [r for _, r in results.lines(file)] == [other, one | {"hours": 2}]
-    assert [path.name for path in file.parent.iterdir()] == ["results.jsonl"]
+    assert {path.name for path in file.parent.iterdir()} == {"results.jsonl", "results.lock"}
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from model.lab import results
+folder, own = Path(sys.argv[1]), int(sys.argv[2])
+(folder / f"begun {own}").write_text("")
+while len([*folder.glob("begun *")]) < 2:
+    time.sleep(0.01)
+for seed in range(200):
+    results.write({"variant": "none", "seed": seed, "steps": own, "config": {}}, folder / "results.jsonl")
+"""
+
+
+def test_two_processes_that_write_at_once_lose_no_line(tmp_path):
+    """Two hundred lines each, begun together; without a lock one takes the other's file away."""
+    root = Path(lab.__file__).resolve().parents[2]
+    calls = [[sys.executable, "-c", WRITER, str(tmp_path), str(own)] for own in range(2)]
+    writers = [subprocess.Popen(call, cwd=root) for call in calls]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    found = {(record["steps"], record["seed"]) for _, record in results.lines(tmp_path / "results.jsonl")}
+    assert found == {(own, seed) for own in range(2) for seed in range(200)}
 
 
 @pytest.mark.parametrize(
