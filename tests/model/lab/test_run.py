@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from model.errors import UserError
-from model.lab import results, scenes, sight
+from model.lab import cost, results, scenes, sight
 from model.lab import run as lab
 from model.lab.twin import RANK
 from model.lab.variants import TEXTS, VARIANTS
 from model.training import twins
+from model.training.scenes import Question
 from tests.model.lab.lab_sizes import TINY, job, weights
 
 TOWER = "model.model.vision_tower."
@@ -30,7 +31,8 @@ def test_every_variant_trains_two_steps_and_says_what_it_is(workdir, name):
     assert results.key_of(record) == made.key()
     assert record["group"] == VARIANTS[name].group and record["steps"] == 2 and record["device"] == "cpu"
     accuracy, text = record["accuracy"], VARIANTS[name].merge in TEXTS
-    assert set(accuracy) == ({"fine", "by_position"} if text else {"fine", "coarse", "by_glyph_px"})
+    assert set(accuracy) == ({"fine", "by_position"} if text else {"fine", "coarse", "ink", "place", "by_glyph_px"})
+    assert text or accuracy["ink"]["n"] + accuracy["place"]["n"] == accuracy["fine"]["n"]
     assert set(accuracy["fine"]) == {"n", "exact_match", "characters", "first_character"}
     parts = accuracy["by_position" if text else "by_glyph_px"].values()
     assert accuracy["fine"]["n"] == sum(share["n"] for share in parts) > 0
@@ -39,6 +41,21 @@ def test_every_variant_trains_two_steps_and_says_what_it_is(workdir, name):
     assert (record["cost"].pop("tower_flops") > 0) == (not text)
     assert all(math.isfinite(value) and value > 0 for value in record["cost"].values())
     assert "gates" not in record or len(record["gates"]) == 4
+
+
+def test_marks_by_kind_topic_and_height():
+    """Two codes asked by ink and by place; one of the four is wrong, and not in its first character."""
+    told = [("ink", 6, (1, 1, 1)), ("place", 6, (1, 0, 1)), ("ink", 8, (1, 1, 1)), ("place", 8, (1, 1, 1))]
+    asked = [Question(topic, "?", "A7", "fine", px) for topic, px, _ in told]
+    asked.append(Question("exists", "?", "yes", "coarse"))
+    right = [torch.tensor(each).bool() for *_, each in told] + [torch.tensor([False, True])]
+    assert lab.marks(zip(asked, right, strict=True)) == {
+        "fine": {"n": 4, "exact_match": 0.75, "characters": 0.875, "first_character": 1.0},
+        "coarse": {"n": 1, "exact_match": 0.0},
+        "ink": {"n": 2, "exact_match": 1.0},
+        "place": {"n": 2, "exact_match": 0.5},
+        "by_glyph_px": {"6": {"n": 2, "exact_match": 0.5}, "8": {"n": 2, "exact_match": 1.0}},
+    }
 
 
 def test_what_a_variant_learns_changes_in_training(workdir):
@@ -93,6 +110,18 @@ def test_the_towers_work_is_counted_by_what_a_variant_reads(workdir):
     assert [round(work / one, 1) for work in rest] == [1.0, 1.1, 3.4, 4.0, 4.0, 4.0, 5.0]
     assert costs["none"]["prefill_flops"] == costs["none-tuned"]["prefill_flops"]
     assert costs["deepstack-v-3"]["prefill_flops"] == costs["none"]["prefill_flops"]
+
+
+def test_the_work_of_a_step_is_counted_forward_and_backward(workdir):
+    """By hand for one matrix: forward, and back to the weights and to what entered. A tuned tower runs forward and back
+    for each of its two scenes, where a frozen one's features are read."""
+    matrix, entered = torch.nn.Linear(3, 5), torch.rand(7, 3)
+    assert cost.flops(lambda: matrix(entered).sum().backward()) == 2 * (2 * 7 * 3 * 5)
+    entered.requires_grad_()
+    assert cost.flops(lambda: matrix(entered).sum().backward()) == 3 * (2 * 7 * 3 * 5)
+    frozen, tuned = (lab.run(job(name), workdir, "cpu")["cost"] for name in ("none", "none-tuned"))
+    towers = (tuned["step_flops"] - frozen["step_flops"]) / tuned["tower_flops"] / TINY.batch
+    assert 2.5 < towers < 3.5
 
 
 class Killed(Exception):
