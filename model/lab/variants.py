@@ -99,8 +99,9 @@ _ALL = (
     Variant("stack-1d", "sampling", "every fourth token of the flattened view, as in the paper's code", sampling="1d"),
     Variant("stack-1d-sequential", "sampling", "one quarter of the flattened view after another, as in its text",
             sampling="1d-sequential"),
-    Variant("inconsistent-resize", "sampling", "the global view fitted with margins, the high-resolution view filling "
-            "its frame: the same pixels in other places", consistent=False),
+    Variant("inconsistent-resize", "sampling", "the global view squeezed into three quarters of its height, the "
+            "high-resolution view filling its frame: the same pixels in other places (the paper pads the "
+            "high-resolution view instead)", consistent=False),
     Variant("start-0", "where", "stacks before layers 0 to 3", start=0),
     Variant("start-2", "where", "stacks before layers 2 to 5", start=2),
     Variant("start-3", "where", "stacks before layers 3 to 6", start=3),
@@ -111,7 +112,8 @@ _ALL = (
             "and are left out", start=6),
     Variant("start-7", "where", "a stack before layer 7: the second to fourth would come after the last layer and are "
             "left out", start=7),
-    Variant("start-last", "where", "stacks after the last layer, where no answer sees them: a control", start=LAST),
+    Variant("start-last", "where", "the first sample added after the last layer, where no answer sees it: a control",
+            start=LAST),
     Variant("interval-2", "where", "stacks before layers 1, 3, 5, 7", interval=2),
     Variant("interval-3", "where", "stacks before layers 1, 4, 7: the fourth would come after the last layer and is "
             "left out", interval=3),
@@ -230,11 +232,12 @@ def first_layer(variant: Variant, layers: int) -> int:
 
 def layers_of(variant: Variant, layers: int) -> dict[int, int]:
     """Layer -> set (or tap), of a decoder of `layers` layers, as the paper's loop has it: those beyond the last layer
-    are left out. A single-injection variant has none."""
+    are left out, but of a start at LAST the first, which is added after it, under the number of layers. A
+    single-injection variant has none."""
     if variant.merge not in ("stack", "text-stack", *TAPS):
         return {}
     places = {first_layer(variant, layers) + variant.interval * k: k for k in range(variant.count)}
-    return {layer: k for layer, k in places.items() if layer < layers}
+    return {layer: k for layer, k in places.items() if layer < layers + (variant.start == LAST)}
 
 
 def landing(variant: Variant, layers: int) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -242,7 +245,8 @@ def landing(variant: Variant, layers: int) -> tuple[torch.Tensor, torch.Tensor, 
     at each of their places `[256]`, and how many image rows there are.
 
     Training points at these rows, so that no variant is told to look where its tokens are not. A token that does not
-    enter is looked for in the global view's row of its place.
+    enter is looked for in the global view's row of its place. Where the global view is squeezed
+    (inconsistent-resize), its rows are still those of the places before: up to one row off.
     """
     numbers = torch.arange(HIGH**2)
     below = numbers // HIGH // TILES * LOW + numbers % HIGH // TILES  # the global view's token over the same place

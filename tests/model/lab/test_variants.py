@@ -6,10 +6,11 @@ Run: pytest tests/model/lab/test_variants.py
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from model.lab import sight
+from model.lab import scenes, sight
 from model.lab.run import SIZES
 from model.lab.twin import LabTwin
 from model.lab.variants import (
@@ -143,7 +144,7 @@ def test_tokens_that_do_not_enter_are_looked_for_under_the_global_view():
         ("start-5", {5: 0, 6: 1, 7: 2}),
         ("start-6", {6: 0, 7: 1}),
         ("start-7", {7: 0}),
-        ("start-last", {}),
+        ("start-last", {8: 0}),
         ("interval-2", {1: 0, 3: 1, 5: 2, 7: 3}),
         ("interval-3", {1: 0, 4: 1, 7: 2}),
         ("interval-4", {1: 0, 5: 1}),
@@ -247,6 +248,23 @@ def test_the_global_view_moved_deeper_leaves_zeros_at_the_input(made, features):
     assert torch.equal(stacks[4], made(VARIANTS["none"]).inject(features)[0])
 
 
+def test_a_squeezed_view_has_grey_margins_and_keeps_its_width():
+    """By hand: of 64 rows 48 hold the picture, 8 above and 8 below are grey. The upper half white and the lower black
+    meet in the middle as before; columns in black and white keep their places."""
+    halves = np.zeros((1, 64, 64, 3), np.uint8)
+    halves[:, :32] = 255
+    columns = np.zeros_like(halves)
+    columns[:, :, ::2] = 255
+    quarter = np.zeros_like(halves)
+    quarter[:, :16] = 255  # of 64 rows: 12 of 48
+    flat, thin, low = scenes.fitted(np.concatenate([halves, columns, quarter]))
+    for view in (flat, thin, low):
+        assert view.shape == (64, 64, 3) and (view[:8] == 128).all() and (view[56:] == 128).all()
+    assert (flat[8:30] == 255).all() and (flat[34:56] == 0).all()
+    assert (thin[8:56] == columns[0, :48]).all()
+    assert (low[8:18] == 255).all() and (low[22:56] == 0).all()
+
+
 def test_an_inconsistent_resize_changes_the_global_rows_only(made, features):
     base, stacks = made(VARIANTS["inconsistent-resize"]).inject(features)
     consistent, same = made(REFERENCE).inject(features)
@@ -266,10 +284,15 @@ def test_before_the_last_layer_a_stack_changes_image_rows_only(made, features, r
 
 
 def test_after_the_last_layer_a_stack_changes_no_answer(made, features, rows):
+    """start = L: after the last layer the image rows hold the first sample as well; bit for bit, no logit changes."""
     twin = made(VARIANTS["start-last"])
     assert twin.variant.start == LAST
     with torch.no_grad():
-        assert torch.equal(twin(features, rows)[0], made(VARIANTS["none"])(features, rows)[0])
+        (logits, late), (wanted, alone) = (each(features, rows) for each in (twin, made(VARIANTS["none"])))
+        (stack,) = twin.inject(features)[1].values()
+    assert stack.abs().mean() > 0.1
+    torch.testing.assert_close(late.last, alone.last + stack)
+    assert torch.equal(late.seen, alone.seen) and torch.equal(logits, wanted)
 
 
 # ---- budget
@@ -523,7 +546,7 @@ def test_words_say_which_stacks_find_no_layer():
     ordinals = ("second", "third", "fourth")
     for variant in VARIANTS.values():
         enter, deep = layers_of(variant, LAYERS), variant.merge == "stack" and variant.start != LAST
-        left = variant.count - len(enter) if deep else 0
+        left = variant.count - len(enter) if deep else 0  # start-last says itself what it adds
         if variant.tower_start is not None:
             left = max(0, variant.tower_start + SETS - DEPTH)
         assert ("left out" in variant.words) == (left > 0), variant.name
