@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from app.cli import main
+from app.lab import card
 from model import loading
 from model.catalog import describe_models
 from model.lab import results
@@ -105,6 +106,17 @@ def test_a_search_spends_its_budget_and_meets_the_rule_of_thumb(said, tmp_path, 
     code, out, err = said(*argv, "--json")
     assert code == 0 and json.loads(out)["rungs"] == record["rungs"] and file.read_text() == before
     assert len((tmp_path / "search.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_card_says_whether_the_tower_was_trained():
+    """Of two runs as they shipped: one reads the frozen tower, one changed it, and its changes lie beside the card."""
+    frozen, changes = "the frozen vision tower is that of `embedded/hires`", "tower_change.safetensors"
+    for name, tuned in (("dummy", False), ("deepstack-v-3", True)):
+        folder = loading.CHECKPOINTS / f"lab-{name}"
+        record = json.loads((folder / "recipe.json").read_text())
+        (made,) = lab.jobs([name], [record["seed"]], lab.SIZES["small"], record["steps"])
+        text = card(made, record)
+        assert (frozen in text) != tuned and (changes in text) == tuned == (folder / changes).exists()
 
 
 def test_the_table_stands_beside_the_papers_and_can_be_taken_away(said, tmp_path):
