@@ -34,8 +34,8 @@ class Rows:
 class Pass:
     """What one pass leaves: for the S scored positions, the final normed states `[S, d]`, targets and cells `[S]`, the
     row each is in `[S]`, its state at the inspected layer's input `[S, d]`, and by watched layer the attention of head
-    0 to the image rows `[S, N]`; and the image rows at the inspected layer's input and after the last layer, with what
-    is added there, `[B, N, d]` each."""
+    0 to the image rows `[S, N]`; the image rows at the inspected layer's input `[B, N, d]`, and, if something is added
+    after the last layer, after that."""
 
     seen: torch.Tensor
     last: torch.Tensor | None = None
@@ -164,8 +164,9 @@ def forward(
         x = rms_norm(hidden, layer.post_attention_layernorm, eps).to(dtype)
         gate, up = linear(x, mlp.gate_proj.weight, mlp.up_proj.weight).chunk(2, -1)
         hidden = hidden + linear(F.silu(gate) * up, mlp.down_proj.weight)
-    hidden = added(hidden, len(llama.layers))
-    result.last = hidden[:split].view(batch, prefix, d)[:, first : first + seen]
+    if len(llama.layers) in stacks:
+        hidden = added(hidden, len(llama.layers))
+        result.last = hidden[:split].view(batch, prefix, d)[:, first : first + seen]
     result.hidden = llama.norm(hidden[split:].index_select(0, scored))
     result.targets, result.cells = rows.targets.flatten()[scored_table], rows.cells.flatten()[scored_table]
     result.row = scored_table // longest

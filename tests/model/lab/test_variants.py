@@ -289,9 +289,11 @@ def test_after_the_last_layer_a_stack_changes_no_answer(made, features, rows):
     assert twin.variant.start == LAST
     with torch.no_grad():
         (logits, late), (wanted, alone) = (each(features, rows) for each in (twin, made(VARIANTS["none"])))
-        (stack,) = twin.inject(features)[1].values()
-    assert stack.abs().mean() > 0.1
-    torch.testing.assert_close(late.last, alone.last + stack)
+        base, stacks = twin.inject(features)
+        zero = {layer: torch.zeros_like(stack) for layer, stack in stacks.items()}
+        without = twin.decoded(base, zero, rows, torch.float32)[1].last
+    assert stacks[LAYERS].abs().mean() > 0.1 and without.shape == base.shape
+    torch.testing.assert_close(late.last, without + stacks[LAYERS])
     assert torch.equal(late.seen, alone.seen) and torch.equal(logits, wanted)
 
 
