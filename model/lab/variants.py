@@ -209,10 +209,10 @@ def placed(start: int, interval: int, count: int, layers: int = LAYERS) -> Varia
         VARIANTS["stack-2d"], name=f"start-{start}-interval-{interval}-count-{count}", group="where",
         start=start, interval=interval, count=count,
     )  # fmt: skip
-    found = [*layers_of(made, layers)]
-    words = f"{len(found)} stacks, before layers {', '.join(map(str, found))}"
-    words = words if len(found) > 1 else f"one stack, before layer {start}"
-    left = count - len(found)
+    found = len(layers_of(made, layers))
+    every = f", every {interval} layers" if interval > 1 and found > 1 else ""
+    words = f"{'one stack' if found == 1 else f'{found} stacks'} from layer {start} on{every}"
+    left = count - found
     out = f"; {left} of the {count} would come after the last layer and {'is' if left == 1 else 'are'} left out"
     made = replace(made, words=words + (out if left else ""))
     return next((known for known in VARIANTS.values() if known.config() == made.config()), made)

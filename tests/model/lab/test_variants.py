@@ -554,10 +554,10 @@ def test_words_say_which_stacks_find_no_layer():
         assert ("left out" in variant.words) == (left > 0), variant.name
         first = next((word for word in ordinals if f"the {word}" in variant.words), None)
         assert not left or first == ordinals[SETS - left - 1], variant.name
-    words = "3 stacks, before layers 2, 4, 6; 1 of the 4 would come after the last layer and is left out"
+    words = "3 stacks from layer 2 on, every 2 layers; 1 of the 4 would come after the last layer and is left out"
     assert variant_of("start-2-interval-2-count-4").words == words
-    assert variant_of("start-2-interval-2-count-3").words == "3 stacks, before layers 2, 4, 6"
-    assert variant_of("start-7-interval-1-count-1").words == "one stack, before layer 7"
+    assert variant_of("start-2-interval-2-count-3").words == "3 stacks from layer 2 on, every 2 layers"
+    assert variant_of("start-7-interval-1-count-1").words == "one stack from layer 7 on"
     assert placed(5, 1, 4) is VARIANTS["start-5"] and placed(LAYERS, 1, 4) is None
 
 
