@@ -15,6 +15,7 @@ from analysis import lab as reading
 from app.lab_files import FIRST, files
 from app.output import Outcome, ProgressLine, log, table, write_files
 from model.errors import UserError
+from model.families.deepstack_llava import CHANGE
 from model.lab import many, results, scenes, search, ship
 from model.lab import run as lab
 from model.lab.variants import GROUPS, VARIANTS
@@ -55,7 +56,7 @@ def _run(options: argparse.Namespace) -> Outcome:
             log(f"{job.name} is in {file} already; --again trains it anew.")
     records, died = _through_ray(todo, options, device, workdir, file) if todo else ([], [])
     for job, why in died:
-        log(f"{job.name} died {many.RETRIES + 1} times ({why}); the same command goes on from its last checkpoint.")
+        log(_dead(job, why))
     found = {job.key(): there.get(job.key()) for job in wanted} | {results.key_of(record): record for record in records}
     shown = [record for record in found.values() if record]
     text = table(
@@ -97,10 +98,7 @@ def _search(options: argparse.Namespace) -> Outcome:
             runs = many.through_ray(search.climb, given, options.ray, device == "cuda", progress) if given else ()
             for place, each in runs:
                 if isinstance(each, many.Died):
-                    raise UserError(
-                        f"{left[todo[place]].name} died {many.RETRIES + 1} times ({each}); the same command goes on "
-                        "from its last checkpoint."
-                    )
+                    raise UserError(_dead(left[todo[place]], each))
                 scores[todo[place]] = each
             return scores
 
@@ -116,7 +114,8 @@ def _search(options: argparse.Namespace) -> Outcome:
     told = reading.read_searches(file.with_name(results.SEARCHES.name))[-1]
     text = "\n\n".join(
         [
-            f"{told.spent:,} of {budget:,} steps spent on {told.rungs[0].count} of {told.candidates} placings",
+            f"{told.spent:,} of {budget:,} steps spent on {told.rungs[0].count} of {told.candidates} placements, "
+            "as many of each number of stacks",
             *(f"at step {rung.step:,}:\n{table(reading.RUNG, rung.rows)}" for rung in told.rungs),
             reading.outcome(told, reading.read(file)),
         ]
@@ -131,7 +130,7 @@ def _compare(winner: lab.Job, options: argparse.Namespace, device: str, workdir:
     jobs = [job for job in lab.jobs(names, _seeds(options.seeds), winner.size, winner.steps) if job.key() not in there]
     records, died = _through_ray(jobs, options, device, workdir, file) if jobs else ([], [])
     for job, why in died:
-        log(f"{job.name} died {many.RETRIES + 1} times ({why}); the same command goes on from its last checkpoint.")
+        log(_dead(job, why))
     return records, died
 
 
@@ -195,6 +194,12 @@ def card(job: lab.Job, record: dict) -> str:
     scores = {"fine detail": run.accuracy["fine"], "coarse": run.accuracy["coarse"]}
     scores |= {f"fine, glyphs of {height} px": each for height, each in run.accuracy["by_glyph_px"].items()}
     lines = [f"| {name} | {each['n']} | {100 * each['exact_match']:.1f} % |" for name, each in scores.items()]
+    tower = "the frozen vision tower is that of `embedded/hires`, and is read from there"
+    if job.variant.tuned:
+        tower = (
+            "the vision tower was trained, too: it is that of `embedded/hires`, read from there, and the changes in "
+            f"{CHANGE}"
+        )
     return (
         f"# lab-{job.variant.name}\n\nA variant of the lab: {job.variant.words}. Seed {job.seed}, {setting}, "
         f"{run.when}. One seed, at toy size: what can be concluded, from all seeds, says `python -m app lab table`. "
@@ -203,8 +208,12 @@ def card(job: lab.Job, record: dict) -> str:
         "Scored by the run itself, before its weights were rounded to float16.\n\n"
         f"## Recipe\n\n    {again[0]}\n    {again[1]}\n\n"
         "All that defines the run is in recipe.json, its line of the results. The weights are projector and decoder; "
-        "the frozen vision tower is that of `embedded/hires`, and is read from there.\n"
+        f"{tower}.\n"
     )
+
+
+def _dead(job: lab.Job, why: many.Died) -> str:
+    return f"{job.name} died {many.RETRIES + 1} times ({why}); the same command goes on from its last checkpoint."
 
 
 def _told(finding: claims.Finding) -> str:

@@ -2,7 +2,8 @@
 
 A prefill is the decoder's, from the tower's features on. The tower's own work for an image is counted by itself
 (`tower_flops`): it depends on which views a variant reads, and how far up. A training step has it only where the tower
-is trained. Knows nothing about scores.
+is trained: a variant with a frozen one reads cached features, a tuned one runs the tower forward and back, and the two
+kinds' steps are not alike. Knows nothing about scores.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ def measure(
     `step`.
 
     dtype: what the decoder's layers compute in. context: tokens of the image (or text) and before it. flops: two per
-    multiplication and addition, without the whitening of features and the low-rank changes of a tower, which a finished
-    model has in its weights. Bytes: the most that is allocated at once, beyond the weights."""
+    multiplication and addition; of tower and prefill without the whitening of features and the low-rank changes of a
+    tower, which a finished model has in its weights; of a step all that it does forward and backward from the cached
+    features on (of a tuned variant, from the pixels on), but the optimizers. Bytes: the most that is allocated at once,
+    beyond the weights."""
     with torch.no_grad():
         seen = twin.see(features, dtype)
         base, _ = twin.inject(seen)
@@ -54,6 +57,7 @@ def measure(
         "prefill_flops": flops(prefill) - flops(lambda: twin.whitened(seen)),
         "prefill_seconds": seconds(prefill, PREFILLS, features.device),
         "prefill_bytes": peak_bytes(prefill, features.device),
+        "step_flops": flops(step),
         "step_seconds": seconds(step, STEPS, features.device),
         "step_bytes": peak_bytes(step, features.device),
     }

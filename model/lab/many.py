@@ -28,16 +28,19 @@ class Died(Exception):
 
 
 class Board:
-    """Where runs say how far they are; an actor of Ray's."""
+    """Where runs say how far they are, and from where they began; an actor of Ray's."""
 
     def __init__(self):
         self.shares: dict[int, tuple[float, str]] = {}
+        self.first: dict[int, float] = {}
 
     def say(self, number: int, share: float, words: str) -> None:
+        self.first.setdefault(number, share)
         self.shares[number] = (share, words)
 
-    def all(self) -> dict[int, tuple[float, str]]:
-        return self.shares
+    def all(self) -> tuple[dict[int, tuple[float, str]], dict[int, float]]:
+        """By run what it said last (share, words), and the share that it said first."""
+        return self.shares, self.first
 
 
 def through_ray(
@@ -101,15 +104,25 @@ def _collect(ray, work, arguments, gpu: bool, progress) -> Iterator[tuple[int, A
             done.add(number)
             yield number, found
         if progress and waiting:
-            said = ray.get(board.all.remote())
+            said, first = ray.get(board.all.remote())
             shares = [1.0 if i in done else said.get(i, (0.0,))[0] for i in range(len(arguments))]
-            progress(sum(shares) / len(shares), _words(shares, said, done, time.monotonic() - started))
+            # one that never said anything had nothing left to do, or has not begun
+            left = time_left(
+                shares, [first.get(i, share) for i, share in enumerate(shares)], time.monotonic() - started
+            )
+            progress(sum(shares) / len(shares), _words(shares, left, said, done))
 
 
-def _words(shares, said, done, passed: float) -> str:
-    """How many runs are done, how long it will take yet, and what those under way say."""
-    share = sum(shares) / len(shares)
-    left = f", {passed * (1 - share) / share / 60:.0f} min left" if share > 0 else ""
+def time_left(shares: Sequence[float], first: Sequence[float], passed: float) -> float | None:
+    """How long runs take yet that have come from the shares `first`, where a checkpoint or an earlier rung of a search
+    had left them, to `shares` in the time `passed`; None before any has moved."""
+    gained = sum(shares) - sum(first)
+    return passed * (len(shares) - sum(shares)) / gained if gained > 0 else None
+
+
+def _words(shares, left: float | None, said, done) -> str:
+    """How many runs are done, how long it will take yet in seconds, and what those under way say."""
+    left = "" if left is None else f", {left / 60:.0f} min left"
     now = "; ".join(words for number, (_, words) in sorted(said.items()) if number not in done)
     return f"{len(done)} of {len(shares)} runs{left}; {now}"
 

@@ -9,6 +9,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock
+
 from model.errors import UserError
 
 RESULTS = Path(__file__).resolve().parents[2] / "assets" / "lab" / "results.jsonl"
@@ -41,12 +43,14 @@ def key_of(record: dict) -> str:
 
 
 def write(record: dict, path: Path = RESULTS) -> None:
-    """Add a record to the file, in place of the one of the same run if there is one."""
-    kept = [earlier for _, earlier in lines(path) if key_of(earlier) != key_of(record)]
+    """Add a record to the file, in place of the one of the same run if there is one. Several processes may do this at
+    once: each waits for a lock beside the file, and whoever reads finds a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    new.write_text("".join(json.dumps(line) + "\n" for line in [*kept, record]), encoding="utf-8")
-    new.replace(path)
+    with FileLock(path.with_suffix(".lock")):
+        kept = [earlier for _, earlier in lines(path) if key_of(earlier) != key_of(record)]
+        new = path.with_suffix(".new")
+        new.write_text("".join(json.dumps(line) + "\n" for line in [*kept, record]), encoding="utf-8")
+        new.replace(path)
 
 
 def short(path: Path) -> str:

@@ -24,7 +24,7 @@ from model.errors import UserError
 from model.lab import cost, results, scenes, texts
 from model.lab.text_twin import SPREAD, TextTwin
 from model.lab.twin import RANK, LabTwin
-from model.lab.variants import LONG, Variant, first_layer, variant_of
+from model.lab.variants import LAYERS, LONG, Variant, first_layer, variant_of
 from model.training import dataset, twins
 from model.training.scenes import Question
 from model.training.tokenizer import make_tokenizer
@@ -52,8 +52,8 @@ class Size:
 SIZES = {
     size.name: size
     for size in (
-        Size("small", width=128, layers=8, scenes=4000, steps=2000),
-        Size("large", width=256, layers=8, scenes=20_000, steps=8000, batch=16, rate=0.014, test=600),
+        Size("small", width=128, layers=LAYERS, scenes=4000, steps=2000),
+        Size("large", width=256, layers=LAYERS, scenes=20_000, steps=8000, batch=16, rate=0.014, test=600),
     )
 }
 
@@ -199,9 +199,10 @@ def learned(twin: LabTwin | TextTwin) -> dict:
 
 
 def marks(answers: Iterable[tuple[Question, torch.Tensor]]) -> dict:
-    """Exact match by kind, of fine questions also characters and first characters, and all by glyph height, or of a
-    text's by the part of it that was asked for."""
+    """Exact match by kind, of fine questions also characters and first characters, by what singles the text out (ink,
+    place) and by glyph height, or of a text's by the part of it that was asked for."""
     by_kind: dict[str, list[torch.Tensor]] = {}
+    by_topic: dict[str, list[torch.Tensor]] = {}
     by_height: dict[float, list[torch.Tensor]] = {}
     by_part: dict[float, list[torch.Tensor]] = {}
     for question, right in answers:
@@ -209,8 +210,9 @@ def marks(answers: Iterable[tuple[Question, torch.Tensor]]) -> dict:
         if isinstance(question, texts.Recall):
             by_part.setdefault(question.part, []).append(right)
         elif question.kind == "fine":
+            by_topic.setdefault(question.topic, []).append(right)
             by_height.setdefault(question.glyph_px, []).append(right)
-    found = {kind: _share(of) for kind, of in by_kind.items()}
+    found = {name: _share(of) for name, of in (by_kind | by_topic).items()}
     found["fine"]["characters"] = round(float(np.mean([float(r[:-1].float().mean()) for r in by_kind["fine"]])), 4)
     found["fine"]["first_character"] = round(float(np.mean([bool(r[0]) for r in by_kind["fine"]])), 4)
     for name, each in (("by_glyph_px", by_height), ("by_position", by_part)):

@@ -48,7 +48,7 @@ def check(variant: Variant) -> None:
         )
     if variant.start == LAST:
         raise UserError(
-            f"The lab variant {variant.name} cannot be shipped: its stacks are added after the last layer, which no "
+            f"The lab variant {variant.name} cannot be shipped: its stack is added after the last layer, which no "
             "plan can say and no answer sees; none answers in the same way."
         )
 

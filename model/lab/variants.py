@@ -20,6 +20,7 @@ from model.families.deepstack_llava import sample
 
 LOW, TILES = 8, 2  # tokens per side of the global view; tiles per side of the high-resolution view
 HIGH = LOW * TILES  # tokens per side of the high-resolution view
+LAYERS = 8  # of the decoder in every size; what variants are called in words counts on it
 SETS = TILES**2
 GROUPS = ("what enters", "how it enters", "sampling", "where", "tower", "strength", "text", "budget")
 LAST = -1  # as a start: after the last layer, where no answer can see it
@@ -98,17 +99,26 @@ _ALL = (
     Variant("stack-1d", "sampling", "every fourth token of the flattened view, as in the paper's code", sampling="1d"),
     Variant("stack-1d-sequential", "sampling", "one quarter of the flattened view after another, as in its text",
             sampling="1d-sequential"),
-    Variant("inconsistent-resize", "sampling", "the global view fitted with margins, the high-resolution view filling "
-            "its frame: the same pixels in other places", consistent=False),
+    Variant("inconsistent-resize", "sampling", "the global view squeezed into three quarters of its height, the "
+            "high-resolution view filling its frame: the same pixels in other places (the paper pads the "
+            "high-resolution view instead)", consistent=False),
     Variant("start-0", "where", "stacks before layers 0 to 3", start=0),
     Variant("start-2", "where", "stacks before layers 2 to 5", start=2),
     Variant("start-3", "where", "stacks before layers 3 to 6", start=3),
     Variant("start-4", "where", "stacks before layers 4 to 7", start=4),
-    Variant("start-6", "where", "stacks before layers 6 and 7; two find no layer", start=6),
-    Variant("start-last", "where", "stacks after the last layer, where no answer sees them: a control", start=LAST),
+    Variant("start-5", "where", "stacks before layers 5 to 7: the fourth would come after the last layer and is left "
+            "out", start=5),
+    Variant("start-6", "where", "stacks before layers 6 and 7: the third and fourth would come after the last layer "
+            "and are left out", start=6),
+    Variant("start-7", "where", "a stack before layer 7: the second to fourth would come after the last layer and are "
+            "left out", start=7),
+    Variant("start-last", "where", "the first sample added after the last layer, where no answer sees it: a control",
+            start=LAST),
     Variant("interval-2", "where", "stacks before layers 1, 3, 5, 7", interval=2),
-    Variant("interval-3", "where", "stacks before layers 1, 4, 7; one finds no layer", interval=3),
-    Variant("interval-4", "where", "stacks before layers 1 and 5; two find no layer", interval=4),
+    Variant("interval-3", "where", "stacks before layers 1, 4, 7: the fourth would come after the last layer and is "
+            "left out", interval=3),
+    Variant("interval-4", "where", "stacks before layers 1 and 5: the third and fourth would come after the last layer "
+            "and are left out", interval=4),
     Variant("layers-1", "where", "the first sample only", count=1),
     Variant("layers-2", "where", "the first two samples only", count=2),
     Variant("layers-3", "where", "the first three samples only", count=3),
@@ -127,14 +137,14 @@ _ALL = (
     Variant("deepstack-v-1", "tower", "the tower trained as in none-tuned; stacks of what its first layer makes of "
             "the high-resolution view enter it before its layers 1 to 4", merge="none", tuned=True, tower_start=1),
     Variant("deepstack-v-2", "tower", "the tower trained as in none-tuned; stacks of what its first two layers make of "
-            "the high-resolution view enter it before its layers 2 to 4; one finds no layer", merge="none", tuned=True,
-            tower_start=2),
+            "the high-resolution view enter it before its layers 2 to 4: the fourth would come after its last layer "
+            "and is left out", merge="none", tuned=True, tower_start=2),
     Variant("deepstack-v-3", "tower", "the tower trained as in none-tuned; stacks of what its first three layers make "
-            "of the high-resolution view enter it before its layers 3 and 4; two find no layer", merge="none",
-            tuned=True, tower_start=3),
+            "of the high-resolution view enter it before its layers 3 and 4: the third and fourth would come after its "
+            "last layer and are left out", merge="none", tuned=True, tower_start=3),
     Variant("deepstack-v-4", "tower", "the tower trained as in none-tuned; a stack of what its first four layers make "
-            "of the high-resolution view enters it before its last; three find no layer", merge="none", tuned=True,
-            tower_start=4),
+            "of the high-resolution view enters it before its last: the second to fourth would come after that and are "
+            "left out", merge="none", tuned=True, tower_start=4),
     Variant("taps-0", "tower", "the high-resolution view alone, each 2 x 2 tokens merged into one, once, at the input",
             merge="taps", count=0),
     Variant("taps-1", "tower", "as taps-0, and the tower's block 1, merged by weights of its own, before layer 1",
@@ -166,6 +176,8 @@ _ALL = (
             "rest; by the norm of their features", keep_all=0.125, keep_some=0.25),
     Variant("budget-50-random", "budget", "as budget-50, but the rows are drawn by chance", keep_all=0.25,
             keep_some=0.5, keep_by="random"),
+    Variant("budget-25-random", "budget", "as budget-25, but the rows are drawn by chance", keep_all=0.125,
+            keep_some=0.25, keep_by="random"),
     Variant("budget-50-question", "budget", "as budget-50, but ranked by the question: how much its words attend to "
             "the global tokens in the first layer; each question has image rows of its own in training",
             keep_all=0.25, keep_some=0.5, keep_by="question"),
@@ -187,17 +199,22 @@ def variant_of(name: str) -> Variant:
     return found
 
 
-def placed(start: int, interval: int, count: int) -> Variant | None:
-    """The reference with its stacks in other places: the one of the registry where there is one; None for numbers that
-    are none of a place or add no stack."""
-    if interval < 1 or not 1 <= count <= SETS or (count == 1 and interval > 1):
+def placed(start: int, interval: int, count: int, layers: int = LAYERS) -> Variant | None:
+    """The reference with its stacks in other places of a decoder of so many layers: the one of the registry where there
+    is one; None for numbers that are none of a place or add no stack. Stacks that would come after the last layer are
+    left out, and its words do not count them."""
+    if interval < 1 or not 1 <= count <= SETS or (count == 1 and interval > 1) or start >= layers:
         return None
-    of = "one stack" if count == 1 else f"{count} stacks"
-    every = f", every {interval} layers" if interval > 1 else ""
     made = replace(
         VARIANTS["stack-2d"], name=f"start-{start}-interval-{interval}-count-{count}", group="where",
-        words=f"{of} from layer {start} on{every}", start=start, interval=interval, count=count,
+        start=start, interval=interval, count=count,
     )  # fmt: skip
+    found = len(layers_of(made, layers))
+    every = f", every {interval} layers" if interval > 1 and found > 1 else ""
+    words = f"{'one stack' if found == 1 else f'{found} stacks'} from layer {start} on{every}"
+    left = count - found
+    out = f"; {left} of the {count} would come after the last layer and {'is' if left == 1 else 'are'} left out"
+    made = replace(made, words=words + (out if left else ""))
     return next((known for known in VARIANTS.values() if known.config() == made.config()), made)
 
 
@@ -215,11 +232,12 @@ def first_layer(variant: Variant, layers: int) -> int:
 
 def layers_of(variant: Variant, layers: int) -> dict[int, int]:
     """Layer -> set (or tap), of a decoder of `layers` layers, as the paper's loop has it: those beyond the last layer
-    are left out. A single-injection variant has none."""
+    are left out, but of a start at LAST the first, which is added after it, under the number of layers. A
+    single-injection variant has none."""
     if variant.merge not in ("stack", "text-stack", *TAPS):
         return {}
     places = {first_layer(variant, layers) + variant.interval * k: k for k in range(variant.count)}
-    return {layer: k for layer, k in places.items() if layer < layers}
+    return {layer: k for layer, k in places.items() if layer < layers + (variant.start == LAST)}
 
 
 def landing(variant: Variant, layers: int) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -227,7 +245,8 @@ def landing(variant: Variant, layers: int) -> tuple[torch.Tensor, torch.Tensor, 
     at each of their places `[256]`, and how many image rows there are.
 
     Training points at these rows, so that no variant is told to look where its tokens are not. A token that does not
-    enter is looked for in the global view's row of its place.
+    enter is looked for in the global view's row of its place. Where the global view is squeezed
+    (inconsistent-resize), its rows are still those of the places before: up to one row off.
     """
     numbers = torch.arange(HIGH**2)
     below = numbers // HIGH // TILES * LOW + numbers % HIGH // TILES  # the global view's token over the same place

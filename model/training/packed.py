@@ -34,9 +34,11 @@ class Rows:
 class Pass:
     """What one pass leaves: for the S scored positions, the final normed states `[S, d]`, targets and cells `[S]`, the
     row each is in `[S]`, its state at the inspected layer's input `[S, d]`, and by watched layer the attention of head
-    0 to the image rows `[S, N]`; and the image rows at the inspected layer's input `[B, N, d]`."""
+    0 to the image rows `[S, N]`; the image rows at the inspected layer's input `[B, N, d]`, and, if something is added
+    after the last layer, after that."""
 
     seen: torch.Tensor
+    last: torch.Tensor | None = None
     hidden: torch.Tensor | None = None
     targets: torch.Tensor | None = None
     cells: torch.Tensor | None = None
@@ -75,7 +77,8 @@ def forward(
 ) -> Pass:
     """Run the decoder `llama` (LlamaModel or Qwen3VLTextModel).
 
-    lead_ids `[A]`; base `[B, N, d]` the image rows of the input; stacks layer -> `[B, N, d]` added before that layer;
+    lead_ids `[A]`; base `[B, N, d]` the image rows of the input; stacks layer -> `[B, N, d]` added before that layer,
+    after the last one under the number of layers;
     rows: the questions, or None to stop at the input of layer `inspect`, with the image rows alone.
     closing_ids `[C]` the tokens between the image rows and the questions. places: rotary positions of the prefix,
     `[A + N + C]` or, for time, row and column, `[3, A + N + C]`; questions go on after the largest. Default 0, 1, ...
@@ -116,9 +119,13 @@ def forward(
     def table(x):  # real tokens `[M, ...]` at their places in the padded table
         return x.new_zeros(count * longest, *x.shape[1:]).index_copy(0, flat, x).unflatten(0, (count, longest))
 
+    def added(x, number):  # the stream with the stack of this layer, if it has one
+        if number not in stacks:
+            return x
+        return x.index_add(0, image_rows, stacks[number].flatten(0, 1).to(x.dtype))
+
     for number, layer in enumerate(llama.layers):
-        if number in stacks:
-            hidden = hidden.index_add(0, image_rows, stacks[number].flatten(0, 1).to(hidden.dtype))
+        hidden = added(hidden, number)
         if number == inspect:
             result = Pass(hidden[image_rows].view(batch, seen, d))
             if rows is None:
@@ -157,6 +164,9 @@ def forward(
         x = rms_norm(hidden, layer.post_attention_layernorm, eps).to(dtype)
         gate, up = linear(x, mlp.gate_proj.weight, mlp.up_proj.weight).chunk(2, -1)
         hidden = hidden + linear(F.silu(gate) * up, mlp.down_proj.weight)
+    if len(llama.layers) in stacks:
+        hidden = added(hidden, len(llama.layers))
+        result.last = hidden[:split].view(batch, prefix, d)[:, first : first + seen]
     result.hidden = llama.norm(hidden[split:].index_select(0, scored))
     result.targets, result.cells = rows.targets.flatten()[scored_table], rows.cells.flatten()[scored_table]
     result.row = scored_table // longest

@@ -41,7 +41,8 @@ FINE_SHARE = 0.65  # of the questions asked
 TOPIC_WEIGHTS = {"picture": 0.25, "count_all": 3.0, "count_shape": 3.0, "taller": 3.0}
 OUT_OF_SCOPE_SHARE = 0.03
 SECOND_TURN_SHARE = 0.08
-SAVE_EVERY = 200  # steps
+SAVE_EVERY = 200  # steps: a checkpoint, and a line of the curve
+SCORE_EVERY = 1000  # steps: the line has scores on validation scenes, too
 RATE = 3e-3  # of AdamW, for what is trained from nothing and is no matrix of the decoder
 WORDS = (  # words that single out a place: their embeddings are drawn towards the image rows they point at
     *(*COLOURS, *SHAPES, *scenes.ORDINALS, "last", "top", "bottom", "left", "right", "middle"),
@@ -457,11 +458,10 @@ def fit(
             values |= {"step": step + 1, "minutes": minutes, "random": random_state()}
             torch.save(values, last.with_suffix(".new"))  # whoever is killed here goes on from the one before
             last.with_suffix(".new").replace(last)
-        if (step + 1) % 200 == 0 or step + 1 == stop:
             record = {"step": step + 1, "minutes": round(minutes, 2)}
             record |= {name: round(value / since, 4) for name, value in sums.items()}
             sums, since = Counter(), 0
-            if step >= looks and (step + 1) % 1000 == 0 or step + 1 == steps:
+            if step >= looks and (step + 1) % SCORE_EVERY == 0 or step + 1 == steps:
                 record |= score(twin, questions, *validation)
             log(json.dumps(record))
             with open(out / "curve.jsonl", "a") as file:
@@ -499,6 +499,9 @@ def answered(
 ) -> Iterator[tuple[scenes.Question, torch.Tensor]]:
     """Each scene's first `most` questions, and which tokens of the answer are right, the one that ends it included
     (bool `[T]`): each given the true ones before it, so that all right is what greedy decoding gets right.
+
+    What a twin draws by chance meanwhile is drawn from a seed of its own: the same at every call, and training goes on
+    as if nothing had been asked.
     """
     for start in range(0, len(batch.items), 10):
         groups = batch.items[start : start + 10]
@@ -506,7 +509,9 @@ def answered(
         table = [questions.turn(i.question.question, i.question.answer, i.cells) for items in chosen for i in items]
         device = next(twin.parameters()).device
         rows = questions.pad(table).to(device)
-        logits, result = twin(features[start : start + 10].float().to(device), rows)
+        with torch.random.fork_rng():
+            torch.manual_seed(start)
+            logits, result = twin(features[start : start + 10].float().to(device), rows)
         right = logits.argmax(-1) == result.targets
         sizes = [sum(t != -100 for t in targets) for _, targets, *_ in table]
         good = right.split(sizes)

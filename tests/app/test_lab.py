@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from app.cli import main
+from app.lab import card
 from model import loading
 from model.catalog import describe_models
 from model.lab import results
@@ -51,7 +52,7 @@ def test_list_names_every_variant_with_its_runs(said, tmp_path):
         (["run", "none", "--size", "huge"], "no lab size 'huge'"),
         (["list", "none"], "lab list takes no names, not none"),
         (["search", "none"], "lab search takes no names, not none"),
-        (["search", "--budget", "2000"], "two candidates of 2,000 steps each need 2,500 steps"),
+        (["search", "--budget", "2000"], "two candidates of 2,000 steps each need 3,000 steps"),
         (["run", "start-9-interval-0-count-2"], "no lab variant 'start-9-interval-0-count-2'"),
         (["ship"], "lab ship needs names of variants"),
         (["ship", "none", "--seeds", "0,1"], "lab ship takes the model of one seed, not of 0,1"),
@@ -90,21 +91,32 @@ def test_a_search_spends_its_budget_and_meets_the_rule_of_thumb(said, tmp_path, 
     """Two candidates, the better goes on; it and the rule are tested; a second call finds all done."""
     monkeypatch.setitem(lab.SIZES, "tiny", TINY)
     file = tmp_path / "results.jsonl"
-    argv = ["search", "--size", "tiny", "--steps", "4", "--budget", "5", "--device", "cpu", "--results", str(file)]
+    argv = ["search", "--size", "tiny", "--steps", "4", "--budget", "6", "--device", "cpu", "--results", str(file)]
     argv += ["--workdir", str(tmp_path / "work")]
     code, out, err = said(*argv)
     assert code == 0, err
     (line,) = (tmp_path / "search.jsonl").read_text().splitlines()
     record = json.loads(line)
-    assert record["spent"] == 5 and [len(rung["ranking"]) for rung in record["rungs"]] == [2, 1, 1]
+    assert record["spent"] == 6 and [len(rung["ranking"]) for rung in record["rungs"]] == [2, 1]
     assert {each["variant"] for _, each in results.lines(file)} == {record["winner"], "stack-2d"}
-    assert "5 of 5 steps spent on 2 of 49 placings" in out and "at step 1:" in out and "stack-2d" in out
+    assert "6 of 6 steps spent on 2 of 49 placements" in out and "at step 2:" in out and "stack-2d" in out
     table = said("table", "--results", str(file))[1]
     assert "search, tiny, 4 steps on cpu, seed 0: " in table and "at step" not in table
     before = file.read_text()
     code, out, err = said(*argv, "--json")
     assert code == 0 and json.loads(out)["rungs"] == record["rungs"] and file.read_text() == before
     assert len((tmp_path / "search.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_card_says_whether_the_tower_was_trained():
+    """Of two runs as they shipped: one reads the frozen tower, one changed it, and its changes lie beside the card."""
+    frozen, changes = "the frozen vision tower is that of `embedded/hires`", "tower_change.safetensors"
+    for name, tuned in (("dummy", False), ("deepstack-v-3", True)):
+        folder = loading.CHECKPOINTS / f"lab-{name}"
+        record = json.loads((folder / "recipe.json").read_text())
+        (made,) = lab.jobs([name], [record["seed"]], lab.SIZES["small"], record["steps"])
+        text = card(made, record)
+        assert (frozen in text) != tuned and (changes in text) == tuned == (folder / changes).exists()
 
 
 def test_the_table_stands_beside_the_papers_and_can_be_taken_away(said, tmp_path):

@@ -5,16 +5,20 @@ Run: pytest tests/model/lab/test_run.py
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from model.errors import UserError
-from model.lab import results, scenes, sight
+from model.lab import cost, results, scenes, sight
 from model.lab import run as lab
 from model.lab.twin import RANK
 from model.lab.variants import TEXTS, VARIANTS
 from model.training import twins
+from model.training.scenes import Question
 from tests.model.lab.lab_sizes import TINY, job, weights
 
 TOWER = "model.model.vision_tower."
@@ -27,7 +31,8 @@ def test_every_variant_trains_two_steps_and_says_what_it_is(workdir, name):
     assert results.key_of(record) == made.key()
     assert record["group"] == VARIANTS[name].group and record["steps"] == 2 and record["device"] == "cpu"
     accuracy, text = record["accuracy"], VARIANTS[name].merge in TEXTS
-    assert set(accuracy) == ({"fine", "by_position"} if text else {"fine", "coarse", "by_glyph_px"})
+    assert set(accuracy) == ({"fine", "by_position"} if text else {"fine", "coarse", "ink", "place", "by_glyph_px"})
+    assert text or accuracy["ink"]["n"] + accuracy["place"]["n"] == accuracy["fine"]["n"]
     assert set(accuracy["fine"]) == {"n", "exact_match", "characters", "first_character"}
     parts = accuracy["by_position" if text else "by_glyph_px"].values()
     assert accuracy["fine"]["n"] == sum(share["n"] for share in parts) > 0
@@ -36,6 +41,21 @@ def test_every_variant_trains_two_steps_and_says_what_it_is(workdir, name):
     assert (record["cost"].pop("tower_flops") > 0) == (not text)
     assert all(math.isfinite(value) and value > 0 for value in record["cost"].values())
     assert "gates" not in record or len(record["gates"]) == 4
+
+
+def test_marks_by_kind_topic_and_height():
+    """Two codes asked by ink and by place; one of the four is wrong, and not in its first character."""
+    told = [("ink", 6, (1, 1, 1)), ("place", 6, (1, 0, 1)), ("ink", 8, (1, 1, 1)), ("place", 8, (1, 1, 1))]
+    asked = [Question(topic, "?", "A7", "fine", px) for topic, px, _ in told]
+    asked.append(Question("exists", "?", "yes", "coarse"))
+    right = [torch.tensor(each).bool() for *_, each in told] + [torch.tensor([False, True])]
+    assert lab.marks(zip(asked, right, strict=True)) == {
+        "fine": {"n": 4, "exact_match": 0.75, "characters": 0.875, "first_character": 1.0},
+        "coarse": {"n": 1, "exact_match": 0.0},
+        "ink": {"n": 2, "exact_match": 1.0},
+        "place": {"n": 2, "exact_match": 0.5},
+        "by_glyph_px": {"6": {"n": 2, "exact_match": 0.5}, "8": {"n": 2, "exact_match": 1.0}},
+    }
 
 
 def test_what_a_variant_learns_changes_in_training(workdir):
@@ -92,6 +112,18 @@ def test_the_towers_work_is_counted_by_what_a_variant_reads(workdir):
     assert costs["deepstack-v-3"]["prefill_flops"] == costs["none"]["prefill_flops"]
 
 
+def test_the_work_of_a_step_is_counted_forward_and_backward(workdir):
+    """By hand for one matrix: forward, and back to the weights and to what entered. A tuned tower runs forward and back
+    for each of its two scenes, where a frozen one's features are read."""
+    matrix, entered = torch.nn.Linear(3, 5), torch.rand(7, 3)
+    assert cost.flops(lambda: matrix(entered).sum().backward()) == 2 * (2 * 7 * 3 * 5)
+    entered.requires_grad_()
+    assert cost.flops(lambda: matrix(entered).sum().backward()) == 3 * (2 * 7 * 3 * 5)
+    frozen, tuned = (lab.run(job(name), workdir, "cpu")["cost"] for name in ("none", "none-tuned"))
+    towers = (tuned["step_flops"] - frozen["step_flops"]) / tuned["tower_flops"] / TINY.batch
+    assert 2.5 < towers < 3.5
+
+
 class Killed(Exception):
     pass
 
@@ -108,12 +140,14 @@ def killer(at: int):
 
 # among the steps without questions, and after them; budgets by question draw by chance in the first ones
 KILLED = [("gate", 3), ("gate", 9), ("deepstack-v-3", 9), ("taps-samples", 9)]
+KILLED += [("budget-50-random", 9)]  # right after a score, which draws by chance as well
 KILLED += [("budget-50-question", 3), ("budget-50-question", 9), ("text-stack-chunks", 3), ("text-full", 9)]
 
 
 @pytest.mark.parametrize("name, at", KILLED)
 def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path, workdir, monkeypatch, name, at):
     monkeypatch.setattr(twins, "SAVE_EVERY", 2)
+    monkeypatch.setattr(twins, "SCORE_EVERY", 4)
     made = job(name, steps=10)
     (tmp_path / "lab").mkdir()
     (tmp_path / "lab" / f"data-{scenes.tower_mark()}").symlink_to(workdir / "lab" / f"data-{scenes.tower_mark()}")
@@ -122,10 +156,13 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path, workdir
     with pytest.raises(Killed):
         lab.run(made, tmp_path, "cpu", progress=killer(at))
     assert weights(made, tmp_path)["step"] == at - 1
-    lab.run(made, tmp_path, "cpu")
+    ended = lab.run(made, tmp_path, "cpu")
     broken = weights(made, tmp_path)
     lab.forget(made, tmp_path)
-    lab.run(made, tmp_path, "cpu")
+    record = lab.run(made, tmp_path, "cpu")
+    curve = (made.folder(tmp_path) / "curve.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in curve if "chars" in line] == [8, 10]
+    assert ended["accuracy"] == record["accuracy"] == lab.run(made, tmp_path, "cpu")["accuracy"]
     unbroken = weights(made, tmp_path)
     assert broken["step"] == unbroken["step"] == 10
     assert all(torch.equal(broken["twin"][name], value) for name, value in unbroken["twin"].items())
@@ -162,7 +199,30 @@ def test_records_are_written_once(tmp_path):
     for record in (one, other, one | {"hours": 2}):
         results.write(record, file)
     assert [r for _, r in results.lines(file)] == [other, one | {"hours": 2}]
-    assert [path.name for path in file.parent.iterdir()] == ["results.jsonl"]
+    assert {path.name for path in file.parent.iterdir()} == {"results.jsonl", "results.lock"}
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from model.lab import results
+folder, own = Path(sys.argv[1]), int(sys.argv[2])
+(folder / f"begun {own}").write_text("")
+while len([*folder.glob("begun *")]) < 2:
+    time.sleep(0.01)
+for seed in range(200):
+    results.write({"variant": "none", "seed": seed, "steps": own, "config": {}}, folder / "results.jsonl")
+"""
+
+
+def test_two_processes_that_write_at_once_lose_no_line(tmp_path):
+    """Two hundred lines each, begun together; without a lock one takes the other's file away."""
+    root = Path(lab.__file__).resolve().parents[2]
+    calls = [[sys.executable, "-c", WRITER, str(tmp_path), str(own)] for own in range(2)]
+    writers = [subprocess.Popen(call, cwd=root) for call in calls]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    found = {(record["steps"], record["seed"]) for _, record in results.lines(tmp_path / "results.jsonl")}
+    assert found == {(own, seed) for own in range(2) for seed in range(200)}
 
 
 @pytest.mark.parametrize(

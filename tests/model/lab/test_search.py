@@ -12,11 +12,11 @@ from model.errors import UserError
 from model.lab import run as lab
 from model.lab import scenes, search
 from model.lab.search import Rung
-from model.lab.variants import VARIANTS, layers_of, placed, variant_of
+from model.lab.variants import LAYERS, VARIANTS, layers_of, placed, variant_of
 from model.training import twins
 from tests.model.lab.lab_sizes import TINY, weights
 
-STEPS, LAYERS = 8, 8
+STEPS = 8
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def searched(workdir, made, rungs, progress=None):
 # ---- what is tried, for how much
 
 
-def test_every_candidate_is_a_placing_of_its_own_whose_stacks_find_layers():
+def test_every_candidate_is_a_placement_of_its_own_whose_stacks_find_layers():
     every = search.candidates(LAYERS)
     assert len(every) == 49 and len({tuple(layers_of(variant, LAYERS)) for variant in every}) == 49
     for variant in every:
@@ -64,7 +64,7 @@ def test_every_candidate_is_a_placing_of_its_own_whose_stacks_find_layers():
         assert other.config() == variant.config()
 
 
-def test_a_placing_of_the_registry_is_that_variant_with_its_key():
+def test_a_placement_of_the_registry_is_that_variant_with_its_key():
     known = {(1, 1, 4): "stack-2d", (2, 1, 4): "start-2", (1, 2, 4): "interval-2", (1, 1, 3): "layers-3"}
     for place, name in known.items():
         assert placed(*place) is VARIANTS[name]
@@ -84,14 +84,14 @@ def test_those_drawn_have_every_number_of_stacks_and_differ_by_seed():
 
 
 def test_a_plan_spends_what_it_may_and_no_more():
-    assert search.plan(16_000, 2000, 49) == [Rung(500, 16), Rung(1000, 8), Rung(2000, 4)]
-    for budget in (2500, 3999, 7000, 16_000, 30_000, 10**6):
+    assert search.plan(16_000, 2000, 49) == [Rung(1000, 11), Rung(2000, 5)]
+    for budget in (3000, 3999, 7000, 16_000, 30_000, 10**6):
         rungs = search.plan(budget, 2000, 49)
         assert search.spent(rungs) <= budget and rungs[-1].step == 2000 and rungs[0].count <= 49
         one_more = [Rung(rung.step, max(1, (rungs[0].count + 1) >> k)) for k, rung in enumerate(rungs)]
         assert rungs[0].count == 49 or search.spent(one_more) > budget
-    with pytest.raises(UserError, match="--budget is 2,499; two candidates of 2,000 steps each need 2,500"):
-        search.plan(2499, 2000, 49)
+    with pytest.raises(UserError, match="--budget is 2,999; two candidates of 2,000 steps each need 3,000"):
+        search.plan(2999, 2000, 49)
 
 
 def test_the_best_half_goes_on_and_ties_are_told_by_whole_answers():
@@ -122,12 +122,12 @@ def test_survivors_go_on_and_what_ends_is_the_run_of_the_variant(tmp_path, workd
 
     monkeypatch.setattr(twins, "answered", answered)
     rungs = search.plan(17, STEPS, 49)
-    assert rungs == [Rung(2, 4), Rung(4, 2), Rung(8, 1)] and search.spent(rungs) == 16
-    found = searched(folder, jobs(4), rungs)
-    assert len(steps_done) == 16 and sorted(steps_done) == sorted([0, 1] * 4 + [2, 3] * 2 + [4, 5, 6, 7])
+    assert rungs == [Rung(4, 3), Rung(8, 1)] and search.spent(rungs) == 16
+    found = searched(folder, jobs(3), rungs)
+    assert len(steps_done) == 16 and sorted(steps_done) == sorted([0, 1, 2, 3] * 3 + [4, 5, 6, 7])
     assert set(asked) == {TINY.validation}, "scenes of the test had a part in it"
     record = search.record(found, 17, "cpu")
-    assert record["spent"] == 16 and [len(rung["ranking"]) for rung in record["rungs"]] == [4, 2, 1]
+    assert record["spent"] == 16 and [len(rung["ranking"]) for rung in record["rungs"]] == [3, 1]
     winner = found.winner
     assert record["winner"] == winner.variant.name and record["rule"] == "stack-2d"
     assert [each["variant"] for each in record["rungs"][-1]["ranking"]] == [winner.variant.name]

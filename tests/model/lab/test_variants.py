@@ -6,16 +6,32 @@ Run: pytest tests/model/lab/test_variants.py
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from model.lab import sight
+from model.lab import scenes, sight
+from model.lab.run import SIZES
 from model.lab.twin import LabTwin
-from model.lab.variants import HIGH, LAST, LOW, SETS, TAPS, TEXTS, VARIANTS, landing, layers_of, sets_of
+from model.lab.variants import (
+    HIGH,
+    LAST,
+    LAYERS,
+    LOW,
+    SETS,
+    TAPS,
+    TEXTS,
+    VARIANTS,
+    landing,
+    layers_of,
+    placed,
+    sets_of,
+    variant_of,
+)
 from model.training import packed, tower, twins
 from model.training.tokenizer import make_tokenizer
 
-LAYERS, WIDTH, SEEN = 8, 32, 32  # layers and width of the decoder, width of the tower's features
+WIDTH, SEEN = 32, 32  # of the decoder and of the tower's features
 DEPTH = 5  # layers of the tower
 MEASURES = {"centre", "whiten"}
 REFERENCE = VARIANTS["stack-2d"]
@@ -125,8 +141,10 @@ def test_tokens_that_do_not_enter_are_looked_for_under_the_global_view():
         ("stack-2d", {1: 0, 2: 1, 3: 2, 4: 3}),
         ("start-0", {0: 0, 1: 1, 2: 2, 3: 3}),
         ("start-4", {4: 0, 5: 1, 6: 2, 7: 3}),
+        ("start-5", {5: 0, 6: 1, 7: 2}),
         ("start-6", {6: 0, 7: 1}),
-        ("start-last", {}),
+        ("start-7", {7: 0}),
+        ("start-last", {8: 0}),
         ("interval-2", {1: 0, 3: 1, 5: 2, 7: 3}),
         ("interval-3", {1: 0, 4: 1, 7: 2}),
         ("interval-4", {1: 0, 5: 1}),
@@ -230,6 +248,23 @@ def test_the_global_view_moved_deeper_leaves_zeros_at_the_input(made, features):
     assert torch.equal(stacks[4], made(VARIANTS["none"]).inject(features)[0])
 
 
+def test_a_squeezed_view_has_grey_margins_and_keeps_its_width():
+    """By hand: of 64 rows 48 hold the picture, 8 above and 8 below are grey. The upper half white and the lower black
+    meet in the middle as before; columns in black and white keep their places."""
+    halves = np.zeros((1, 64, 64, 3), np.uint8)
+    halves[:, :32] = 255
+    columns = np.zeros_like(halves)
+    columns[:, :, ::2] = 255
+    quarter = np.zeros_like(halves)
+    quarter[:, :16] = 255  # of 64 rows: 12 of 48
+    flat, thin, low = scenes.fitted(np.concatenate([halves, columns, quarter]))
+    for view in (flat, thin, low):
+        assert view.shape == (64, 64, 3) and (view[:8] == 128).all() and (view[56:] == 128).all()
+    assert (flat[8:30] == 255).all() and (flat[34:56] == 0).all()
+    assert (thin[8:56] == columns[0, :48]).all()
+    assert (low[8:18] == 255).all() and (low[22:56] == 0).all()
+
+
 def test_an_inconsistent_resize_changes_the_global_rows_only(made, features):
     base, stacks = made(VARIANTS["inconsistent-resize"]).inject(features)
     consistent, same = made(REFERENCE).inject(features)
@@ -249,10 +284,17 @@ def test_before_the_last_layer_a_stack_changes_image_rows_only(made, features, r
 
 
 def test_after_the_last_layer_a_stack_changes_no_answer(made, features, rows):
+    """start = L: after the last layer the image rows hold the first sample as well; bit for bit, no logit changes."""
     twin = made(VARIANTS["start-last"])
     assert twin.variant.start == LAST
     with torch.no_grad():
-        assert torch.equal(twin(features, rows)[0], made(VARIANTS["none"])(features, rows)[0])
+        (logits, late), (wanted, alone) = (each(features, rows) for each in (twin, made(VARIANTS["none"])))
+        base, stacks = twin.inject(features)
+        zero = {layer: torch.zeros_like(stack) for layer, stack in stacks.items()}
+        without = twin.decoded(base, zero, rows, torch.float32)[1].last
+    assert stacks[LAYERS].abs().mean() > 0.1 and without.shape == base.shape
+    torch.testing.assert_close(late.last, without + stacks[LAYERS])
+    assert torch.equal(late.seen, alone.seen) and torch.equal(logits, wanted)
 
 
 # ---- budget
@@ -276,6 +318,8 @@ def test_a_random_budget_keeps_as_many_rows(made, features):
     twin = made(VARIANTS["budget-50-random"])
     counts = [int(rows.any(-1).sum()) for rows in twin.inject(features)[1].values()]
     assert counts == [3 * 32, 3 * 32, 3 * 16, 3 * 16]
+    few = made(VARIANTS["budget-25-random"])
+    assert [int(rows.any(-1).sum()) for rows in few.inject(features)[1].values()] == [3 * 16, 3 * 16, 3 * 8, 3 * 8]
 
 
 def test_the_question_ranks_by_the_first_layers_own_attention(made, features, rows):
@@ -496,6 +540,25 @@ def test_variants_differ_in_their_config_alone():
     configs = [tuple(sorted(variant.config().items())) for variant in VARIANTS.values()]
     assert len(set(configs)) == len(configs)
     assert all(name == variant.name and name == name.lower() for name, variant in VARIANTS.items())
+
+
+def test_words_say_which_stacks_find_no_layer():
+    """Of every variant of the registry and of placements, in a decoder and a tower as deep as every size's."""
+    assert {size.layers for size in SIZES.values()} == {LAYERS}
+    ordinals = ("second", "third", "fourth")
+    for variant in VARIANTS.values():
+        enter, deep = layers_of(variant, LAYERS), variant.merge == "stack" and variant.start != LAST
+        left = variant.count - len(enter) if deep else 0  # start-last says itself what it adds
+        if variant.tower_start is not None:
+            left = max(0, variant.tower_start + SETS - DEPTH)
+        assert ("left out" in variant.words) == (left > 0), variant.name
+        first = next((word for word in ordinals if f"the {word}" in variant.words), None)
+        assert not left or first == ordinals[SETS - left - 1], variant.name
+    words = "3 stacks from layer 2 on, every 2 layers; 1 of the 4 would come after the last layer and is left out"
+    assert variant_of("start-2-interval-2-count-4").words == words
+    assert variant_of("start-2-interval-2-count-3").words == "3 stacks from layer 2 on, every 2 layers"
+    assert variant_of("start-7-interval-1-count-1").words == "one stack from layer 7 on"
+    assert placed(5, 1, 4) is VARIANTS["start-5"] and placed(LAYERS, 1, 4) is None
 
 
 @pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.merge not in TEXTS])
