@@ -801,7 +801,7 @@ class Search:
     seed: int
     budget: int
     spent: int
-    candidates: int  # placings that there are
+    candidates: int  # placements that there are
     rungs: tuple[Rung, ...]
     winner: str
     rule: str

@@ -290,8 +290,10 @@ def search_panel(search: Search, runs: Sequence[Run]) -> str:
             f'<table class="dl-lab-rung"><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></details>'
         )
     words = (
-        f"{search.rungs[0].count} of {search.candidates} placings, drawn by chance; at each step the better half went "
-        f"on, ranked on validation scenes. {search.spent:,} of {search.budget:,} training steps were spent."
+        f"{search.rungs[0].count} of {search.candidates} placements, drawn by chance, all numbers of stacks alike; "
+        "at each step the better half went on, ranked on validation scenes. "
+        f"{search.spent:,} of {search.budget:,} training steps were spent; the runs that the winner is compared with "
+        "are not counted."
     )
     return (
         f'<div class="dl-panel"><h3>A search for where stacks enter <small>{search.setting}</small></h3>'

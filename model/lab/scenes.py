@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 from model.families.deepstack_llava import tower_mark as mark_of
-from model.lab.variants import HIGH, LOW, Variant, landing
+from model.lab.variants import FITTED, HIGH, LOW, Variant, landing
 from model.training import dataset, strings, tower, twins
 from model.training.canvas import SHAPES
 from model.training.pages import TILE
@@ -30,7 +30,7 @@ GLYPHS = {6: 0.2, 7: 0.3, 8: 0.3, 9: 0.2}  # capital heights, pixels of the high
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
 TRAINING_SEED, VALIDATION_SEED, TEST_SEED = 2000, 900_101, 7101
 VALIDATION, TEST = 60, 200  # scenes
-FITTED = (0.75, 128)  # of the global view's height that an inconsistent one fills, and the grey around it
+GREY = 128  # around a global view that is fitted with margins
 TOWER = CHECKPOINTS / "hires"
 
 
@@ -73,9 +73,8 @@ def fitted(low: np.ndarray) -> np.ndarray:
     below, everything between them flatter. The high-resolution view, which fills its frame, then shows each thing in
     another place. (The paper's inconsistent resize pads the high-resolution view, which also makes its text smaller.)
     """
-    share, grey = FITTED
-    height = round(TILE * share)
-    out = np.full_like(low, grey)
+    height = round(TILE * FITTED)
+    out = np.full_like(low, GREY)
     top = (TILE - height) // 2
     for view, into in zip(low, out, strict=True):
         into[top : top + height] = np.asarray(Image.fromarray(view).resize((TILE, height), Image.Resampling.BICUBIC))

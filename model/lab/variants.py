@@ -19,6 +19,7 @@ from model.errors import UserError
 from model.families.deepstack_llava import sample
 
 LOW, TILES = 8, 2  # tokens per side of the global view; tiles per side of the high-resolution view
+FITTED = 0.75  # of the global view's height that an inconsistent one fills
 HIGH = LOW * TILES  # tokens per side of the high-resolution view
 LAYERS = 8  # of the decoder in every size; what variants are called in words counts on it
 SETS = TILES**2
@@ -245,11 +246,12 @@ def landing(variant: Variant, layers: int) -> tuple[torch.Tensor, torch.Tensor, 
     at each of their places `[256]`, and how many image rows there are.
 
     Training points at these rows, so that no variant is told to look where its tokens are not. A token that does not
-    enter is looked for in the global view's row of its place. Where the global view is squeezed
-    (inconsistent-resize), its rows are still those of the places before: up to one row off.
+    enter is looked for in the global view's row of its place.
     """
     numbers = torch.arange(HIGH**2)
-    below = numbers // HIGH // TILES * LOW + numbers % HIGH // TILES  # the global view's token over the same place
+    down = (numbers // HIGH + 0.5) / HIGH  # share of the height
+    down = down if variant.consistent else (1 - FITTED) / 2 + FITTED * down
+    below = (down * LOW).long() * LOW + numbers % HIGH // TILES  # the global view's token over the same place
     if variant.merge == "string":
         return numbers, numbers, HIGH**2
     if variant.merge == "global-string":

@@ -265,6 +265,17 @@ def test_a_squeezed_view_has_grey_margins_and_keeps_its_width():
     assert (low[8:18] == 255).all() and (low[22:56] == 0).all()
 
 
+def test_in_a_squeezed_view_things_are_looked_for_where_they_are():
+    """A bright band over each row of high-resolution tokens, four pixels of the global view, and where it ends up."""
+    _, below, _ = landing(VARIANTS["inconsistent-resize"], LAYERS)
+    for row in range(16):
+        view = np.zeros((1, 64, 64, 3), np.uint8)
+        view[0, 4 * row : 4 * row + 4] = 255
+        seen = scenes.fitted(view)[0, 8:56, :, 0].mean(1)  # between the margins
+        assert below[16 * row] // 8 == (8 + seen @ np.arange(0.5, 48) / seen.sum()) // 8
+    assert torch.equal(below.view(16, 16)[0], landing(VARIANTS["none"], LAYERS)[1].view(16, 16)[0] + 8)
+
+
 def test_an_inconsistent_resize_changes_the_global_rows_only(made, features):
     base, stacks = made(VARIANTS["inconsistent-resize"]).inject(features)
     consistent, same = made(REFERENCE).inject(features)
