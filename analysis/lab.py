@@ -27,7 +27,7 @@ from analysis.tables import Table
 from model.errors import UserError
 from model.lab import results
 from model.lab.results import RESULTS, SEARCHES
-from model.lab.variants import GROUPS, LONG, PARTS, SHORT, layers_of, variant_of
+from model.lab.variants import GROUPS, LAYERS, LONG, PARTS, SHORT, layers_of, variant_of
 
 REFERENCE = "stack-2d"
 TEXT = "text"  # the group that reads long texts and no pictures: its numbers are those of another task ...
@@ -131,7 +131,6 @@ TABLE_4 = {
 }
 TABLE_4_TUNED = _scores("62.4 85.8 64.0 56.1 27.5 15.3 28.3 48.5")  # its baseline: the tower tuned, no stacks
 OUR_TOWER, ITS_TOWER = 5, 24  # layers
-OUR_LAYERS = 8  # of the decoder, in every size
 
 
 def _nearest(start: int) -> int:
@@ -215,7 +214,7 @@ FIGURE_3 = {
         "Where global tokens enter", "% of depth, no stacks", r"global-deeper(?:-(\d+))?",
         ("base_at",), "none", {0: PAPER_BASELINE},
         "Figure 3 a: up to a quarter of the depth (layer 8 of 32) acceptable, past the midpoint a significant drop; a "
-        "plot without numbers.", 100 / OUR_LAYERS,
+        "plot without numbers.", 100 / LAYERS,
     ),
     "tower": Axis(
         "First tower layer stacked", "% of its depth", r"deepstack-v-(\d+)",
