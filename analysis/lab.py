@@ -27,7 +27,7 @@ from analysis.tables import Table
 from model.errors import UserError
 from model.lab import results
 from model.lab.results import RESULTS, SEARCHES
-from model.lab.variants import GROUPS, LAYERS, LONG, PARTS, SHORT, layers_of, variant_of
+from model.lab.variants import GROUPS, LAYERS, LONG, PARTS, SHORT, VARIANTS, layers_of, variant_of
 
 REFERENCE = "stack-2d"
 TEXT = "text"  # the group that reads long texts and no pictures: its numbers are those of another task ...
@@ -712,7 +712,7 @@ def summary(runs: Sequence[Run], metric: str = "fine", bench: str = "AVG") -> Su
     spreads = {of: pooled([row.shares for row in rows if (row.group == TEXT) is of]) for of in (True, False)}
     rows = [replace(row, spread=spreads[row.group == TEXT]) for row in rows]
     known = {group: place for place, group in enumerate(GROUPS)}
-    order = {variant: place for place, variant in enumerate(by_variant)}
+    order = {variant: place for place, variant in enumerate(dict.fromkeys([*VARIANTS, *by_variant]))}
     rows.sort(key=lambda r: (r.variant != REFERENCE, known.get(r.group, len(GROUPS)), r.group, order[r.variant]))
     return Summary(setting, metric, bench, tuple(rows))
 
