@@ -73,7 +73,7 @@ CAPTIONS = {
     ),
     "lab_cost": (
         "Shows what was measured here at toy size; how costs grow with 576 rows and 32 layers is not read off it, nor "
-        "are times that differ by less than a tenth."
+        "are times that differ by less than a fifth."
     ),
     "lab_budget": (
         "Rows that keep no stack still stand in the context, so the budget spares pixels and not tokens; what a "
@@ -88,8 +88,8 @@ CAPTIONS = {
         "other pictures is open."
     ),
     "kept": (
-        "The norm is of this model's own stacks, the attention of its first layer, and it runs without a budget; the "
-        "lab's variants rank by the tower's tokens."
+        "The norm is of this model's own stacks (in the lab's variants of the tower's tokens), the attention of its "
+        "first layer; it was neither trained nor is run with a budget."
     ),
     "lab_table": (
         "Agreement is in the sign of one difference on rendered text; it neither confirms the paper's size of it "

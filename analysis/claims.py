@@ -54,7 +54,7 @@ CLAIMS = (
         "Stacks do about as well as all tokens in the sequence, with a fifth of the context.",
         "table 7",
         (Comparison(REFERENCE, "not below", "global-string"), Comparison(REFERENCE, "not below", "string")),
-        "At equal steps: a longer context learns more slowly, and strings may gain from more of them.",
+        "At equal steps: strings may gain from more of them, as the scores by place and by colour tell apart.",
     ),
     Claim(
         "Stacks in several layers are better than the same tokens merged once at the input.",
@@ -76,7 +76,7 @@ CLAIMS = (
         "Visual tokens must enter early: up to a quarter of the depth is acceptable, past the middle much is lost.",
         "figure 3 a",
         (Comparison("global-deeper-2", "not below", SINGLE), Comparison("global-deeper-6", "below", SINGLE)),
-        "Our training has every variant read in the last two layers, which makes a late start easier than it may be.",
+        "Our training has every variant read in the last two layers, which may make a late start easier.",
     ),
     Claim(
         "Stacks help at every interval between their layers.",

@@ -53,7 +53,8 @@ class Metric(NamedTuple):
     kind: str
     key: str
     words: str
-    per: int = 2  # questions of a picture's about one thing: a code is asked for by its colour and by its place
+    # questions of a picture's about one thing: a code is asked for by its colour and by its place; coarse ones at most
+    per: int = 2
 
 
 METRICS = {
@@ -229,8 +230,8 @@ CANNOT_SAY = {
         "show; only its sign can be compared. All three have the same number of parameters."
     ),
     "how it enters": (
-        "All are trained for the same steps, and a longer context learns more slowly: a string that reads less here "
-        "may only need more of them (asked for by place and by colour are scores of their own). The paper's trade, 576 "
+        "All are trained for the same steps: a string that reads less here may only need more of them (asked for by "
+        "place and by colour are scores of their own). The paper's trade, 576 "
         "against 2,880 rows, cannot be read off contexts this short."
     ),
     "sampling": (

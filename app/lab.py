@@ -230,13 +230,17 @@ def _compared(found: reading.Summary, row: reading.Row) -> list:
     gap, paper = found.difference(row), reading.PAPER.get(row.variant)
     spread = "" if row.deviation is None else f" ± {100 * row.deviation:.1f}"
     printed = paper.scores.get(found.bench) if paper else None
-    other = f" against {found.against(row)}"
+    control = found.against(row)
+    beside = None if control == row.variant else f"{control} has not been run"
+    if gap is not None:
+        ends = f"{100 * gap.low:+.1f} to {100 * gap.high:+.1f}"
+        beside = f"{100 * gap.value:+.1f} ({ends}) against {control}"
     return [
         row.variant,
         len(row.seeds),
         f"{100 * row.mean.value:.1f}{spread}",
         f"{100 * row.mean.low:.1f} to {100 * row.mean.high:.1f}",
-        None if gap is None else f"{100 * gap.value:+.1f} ({100 * gap.low:+.1f} to {100 * gap.high:+.1f}){other}",
+        beside,
         None if printed is None else f"{printed:.1f}",
         found.judge(row).kind,
         row.spent("context"),

@@ -135,10 +135,10 @@ def chat_with(desk: Desk, name: str, focus: Focus) -> tuple:
 
 
 def put_into_compare(desk: Desk, name: str, first: str, plan: str) -> tuple:
-    """A model of the Lab, as trained, as the second column of Compare, beside the lab's reference unless another model
-    of the Lab is there. Returns (tabs, first model, first plan, second model, second plan)."""
+    """A model of the Lab, as trained, as the second column of Compare, beside the lab's reference unless it is that
+    itself or another model of the Lab is there. Returns (tabs, first model, first plan, second model, second plan)."""
     reference = lab.shipped(desk, REFERENCE)
-    if reference and not first.removeprefix(f"{EMBEDDED}/").startswith(LAB):
+    if reference not in ("", name) and not first.startswith(f"{EMBEDDED}/{LAB}"):
         first, plan = desk.engine(reference).name, ""
     return gr.Tabs(selected="compare"), first, plan, desk.engine(name).name, ""
 

@@ -391,7 +391,7 @@ def _unshipped(variant: str) -> str:
         ship.check(variant_of(variant))
     except UserError:
         return "It has numbers only: no model of the app does what its training does."
-    return f"It does not ship: python -m app lab ship {markup.escape(variant)} makes its model here."
+    return f"It does not ship: after its run here, python -m app lab ship {markup.escape(variant)} makes its model."
 
 
 def code(command: str) -> str:

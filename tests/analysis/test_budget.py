@@ -3,6 +3,7 @@
 import numpy as np
 
 from analysis import budget
+from model.lab.variants import VARIANTS
 from tests.analysis import hand
 
 
@@ -30,3 +31,12 @@ def test_the_map_is_empty_where_nothing_is_kept():
     shown = budget.kept_map(counts, 4, grid)
     assert np.isnan(shown.values.flat[0]) and shown.values.flat[1] == 1 and shown.scale() == (0, 4)
     assert shown.values.shape == grid.grid and shown.unit == "of 4"
+
+
+def test_the_share_that_enters_is_that_of_the_labs_variants_and_of_what_is_kept():
+    names = [name for name, variant in VARIANTS.items() if variant.group == "budget"]
+    for variant in (VARIANTS[name] for name in names):
+        share = budget.entering(variant.keep_some)
+        assert share == (variant.keep_all + variant.keep_some) / 2
+        assert budget.kept(np.arange(64.0), 4, variant.keep_some).mean() / 4 == share
+    assert len(names) >= 5

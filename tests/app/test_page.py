@@ -121,6 +121,7 @@ def test_a_variant_of_the_lab_goes_to_the_chat_and_into_compare(desk, focus):
 def test_a_variant_stands_beside_the_reference_of_the_lab(desk, monkeypatch):
     monkeypatch.setattr(page.lab, "shipped", lambda desk, variant: {"stack-2d": TAPS}.get(variant, ""))
     assert page.put_into_compare(desk, HIRES, HIRES, "none")[1:] == (TAPS, "", HIRES, "")
+    assert page.put_into_compare(desk, TAPS, HIRES, "none")[1:] == (HIRES, "none", TAPS, "")  # never beside itself
     gate = ("embedded/lab-gate", "none")
     assert page.put_into_compare(desk, HIRES, *gate)[1:] == (*gate, HIRES, "")
 
