@@ -1,7 +1,8 @@
 """The lab's results, read: means and spreads per variant, beside the DeepStack paper's own numbers.
 
 1. read(): assets/lab/results.jsonl, one JSON object per finished run; a broken line is an error with its number
-2. settings(): runs are compared only at the same size, for the same steps, on the same kind of device
+2. settings(): runs are compared only at the same size, for the same steps, on the same kind of device and in the same
+   precision
 3. summary(): per variant mean, spread over seeds, the difference to its control with a 95 % interval
 4. judge(): whether that difference has the sign that the paper reports, the other one, or cannot decide
 
@@ -284,11 +285,12 @@ class Run:
     group: str
     seed: int
     steps: int
-    device: str
+    device: str  # "cpu" | "cuda"
     # kind -> {n, exact_match, …}; "by_glyph_px" -> height -> the same; "by_position" -> part of a text -> the same
     accuracy: Mapping[str, Mapping[str, Any]]
     cost: Mapping[str, float] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    precision: str = ""
     hours: float | None = None
     parameters: int | None = None
     when: str = ""
@@ -312,14 +314,22 @@ class Setting(NamedTuple):
     steps: int
     device: str  # "cpu" | "cuda"
     size: str = ""  # of the model and its data, where the config names one
+    precision: str = ""  # of its matrices: "bfloat16" | "float32"
 
     def __str__(self) -> str:
-        return f"{self.size + ', ' if self.size else ''}{self.steps:,} steps on {self.device}"
+        precision = f" in {self.precision}" if self.precision else ""
+        return f"{self.size + ', ' if self.size else ''}{self.steps:,} steps on {self.device}{precision}"
+
+    @property
+    def options(self) -> str:
+        """What tells a command of the lab to work at this setting; precision follows from the device."""
+        size = f" --size {self.size}" if self.size else ""
+        return f"{size} --steps {self.steps}" + ("" if self.device == "cpu" else f" --device {self.device}")
 
     @staticmethod
     def of(run: Run) -> Setting:
-        """That of one run; which of several GPUs it ran on makes no difference."""
-        return Setting(run.steps, run.device.split(":")[0], str(run.config.get("size", "")))
+        """That of one run."""
+        return Setting(run.steps, run.device, str(run.config.get("size", "")), run.precision)
 
 
 def read(path: Path | str = RESULTS) -> list[Run]:
@@ -542,10 +552,7 @@ def run_command(
     """What trains and scores these variants; without a setting as the lab does it by default. again: also those that
     are in the results, which are replaced."""
     text = f"python -m app lab run {' '.join(variants)} --seeds {','.join(map(str, seeds))}"
-    if setting is not None:
-        text += f" --size {setting.size}" if setting.size else ""
-        text += f" --steps {setting.steps}" + ("" if setting.device == "cpu" else f" --device {setting.device}")
-    return text + " --again" * again
+    return text + (setting.options if setting else "") + " --again" * again
 
 
 def commands(rows: Iterable[Row]) -> list[str]:
@@ -720,7 +727,7 @@ def summary(runs: Sequence[Run], metric: str = "fine", bench: str = "AVG") -> Su
 
 def table(runs: Sequence[Run], metric: str = "fine", bench: str = "AVG") -> Table:
     """One row per setting and variant: ours, the paper's, the verdict, costs, and the command that makes it again."""
-    columns = ["steps", "device", "size", "group", "variant", "seeds", "metric", "questions"]
+    columns = [*Setting._fields, "group", "variant", "seeds", "metric", "questions"]
     columns += ["mean", "deviation", "low", "high"]
     columns += ["against", "difference", "difference_low", "difference_high", "paper", "paper_benchmark", "paper_score"]
     columns += ["paper_difference", "verdict", "why", *COSTS, "hours", "command"]
@@ -808,11 +815,7 @@ class Search:
 
     @property
     def command(self) -> str:
-        size, device = self.setting.size, self.setting.device
-        text = f"python -m app lab search --seeds {self.seed} --budget {self.budget}" + (
-            f" --size {size}" if size else ""
-        )
-        return text + f" --steps {self.setting.steps}" + ("" if device == "cpu" else f" --device {device}")
+        return f"python -m app lab search --seeds {self.seed} --budget {self.budget}{self.setting.options}"
 
 
 def read_searches(path: Path | str = SEARCHES) -> list[Search]:
@@ -829,7 +832,8 @@ def read_searches(path: Path | str = SEARCHES) -> list[Search]:
                 Rung(int(rung["step"]), tuple(each), n)
                 for rung, each, n in zip(raw["rungs"], ranked, kept, strict=True)
             ]
-            setting = Setting(int(raw["steps"]), str(raw["device"]), str(raw["config"].get("size", "")))
+            size, precision = str(raw["config"].get("size", "")), str(raw.get("precision", ""))
+            setting = Setting(int(raw["steps"]), str(raw["device"]), size, precision)
             numbers = (int(raw[name]) for name in ("seed", "budget", "spent", "candidates"))
             found.append(Search(setting, *numbers, tuple(rungs), str(raw["winner"]), str(raw["rule"])))
         except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -48,13 +48,13 @@ def _run(options: argparse.Namespace) -> Outcome:
         raise UserError("lab run needs names of variants, or all; python -m app lab list shows them.")
     file, workdir, device, size = _where(options)
     names = VARIANTS if options.names == ["all"] else options.names
-    wanted = lab.jobs(names, _seeds(options.seeds), size, options.steps)
+    wanted = lab.jobs(names, _seeds(options.seeds), size, options.steps, device)
     there = {} if options.again else {results.key_of(record): record for _, record in results.lines(file)}
     todo = [job for job in wanted if job.key() not in there]
     for job in wanted:
         if job.key() in there:
             log(f"{job.name} is in {file} already; --again trains it anew.")
-    records, died = _through_ray(todo, options, device, workdir, file) if todo else ([], [])
+    records, died = _through_ray(todo, options, workdir, file) if todo else ([], [])
     for job, why in died:
         log(_dead(job, why))
     found = {job.key(): there.get(job.key()) for job in wanted} | {results.key_of(record): record for record in records}
@@ -83,9 +83,9 @@ def _search(options: argparse.Namespace) -> Outcome:
     seed, steps = _seeds(options.seeds)[0], options.steps or size.steps
     budget = search.BUDGET * steps if options.budget is None else options.budget
     rungs = search.plan(budget, steps, len(search.candidates(size.layers)))
-    jobs = [lab.Job(variant, size, seed, steps) for variant in search.drawn(size.layers, rungs[0].count, seed)]
+    jobs = [lab.Job(variant, size, seed, steps, device) for variant in search.drawn(size.layers, rungs[0].count, seed)]
     with _progress(workdir) as progress:
-        _prepare(jobs, options, device, workdir, progress)
+        _prepare(jobs, options, workdir, progress)
         if options.again:
             for job in jobs:
                 lab.forget(job, search.home(workdir))
@@ -94,7 +94,7 @@ def _search(options: argparse.Namespace) -> Outcome:
             scores = [search.ranked(job, workdir, until) for job in left]
             todo = [number for number, each in enumerate(scores) if each is None]
             log(f"step {until:,}: {len(left)} runs, {len(left) - len(todo)} of them there already")
-            given = [(left[number], workdir, device, until) for number in todo]
+            given = [(left[number], workdir, until) for number in todo]
             runs = many.through_ray(search.climb, given, options.ray, device == "cuda", progress) if given else ()
             for place, each in runs:
                 if isinstance(each, many.Died):
@@ -103,14 +103,16 @@ def _search(options: argparse.Namespace) -> Outcome:
             return scores
 
         found = search.halve(jobs, rungs, climb)
-        winner, known = found.winner, {results.key_of(each) for _, each in results.lines(file)}
-        if winner.key() not in known:
-            for _, each in many.through_ray(search.finish, [(winner, workdir, device)], options.ray, device == "cuda"):
-                if not isinstance(each, many.Died):  # else it is run below
-                    results.write(each, file)
-    record = search.record(found, budget, device)
+        winner = found.winner
+        ended = {results.key_of(each): each for _, each in results.lines(file)}.get(winner.key())
+        if ended is None:
+            ((_, ended),) = many.through_ray(search.finish, [(winner, workdir)], options.ray, device == "cuda")
+            if isinstance(ended, many.Died):
+                raise UserError(_dead(winner, ended))
+            results.write(ended, file)
+    record = search.record(found, budget, ended)
     results.write(record, file.with_name(results.SEARCHES.name))
-    _, died = _compare(winner, options, device, workdir, file)
+    _, died = _compare(winner, options, workdir, file)
     told = reading.read_searches(file.with_name(results.SEARCHES.name))[-1]
     text = "\n\n".join(
         [
@@ -123,12 +125,13 @@ def _search(options: argparse.Namespace) -> Outcome:
     return Outcome(record, text, 1 if died else 0)
 
 
-def _compare(winner: lab.Job, options: argparse.Namespace, device: str, workdir: Path, file: Path) -> tuple[list, list]:
+def _compare(winner: lab.Job, options: argparse.Namespace, workdir: Path, file: Path) -> tuple[list, list]:
     """Runs of the winner and of the rule from all seeds that are not in the results yet, and those that died."""
     there = {results.key_of(record) for _, record in results.lines(file)}
     names = [winner.variant.name, search.RULE]
-    jobs = [job for job in lab.jobs(names, _seeds(options.seeds), winner.size, winner.steps) if job.key() not in there]
-    records, died = _through_ray(jobs, options, device, workdir, file) if jobs else ([], [])
+    wanted = lab.jobs(names, _seeds(options.seeds), winner.size, winner.steps, winner.device)
+    jobs = [job for job in wanted if job.key() not in there]
+    records, died = _through_ray(jobs, options, workdir, file) if jobs else ([], [])
     for job, why in died:
         log(_dead(job, why))
     return records, died
@@ -164,8 +167,9 @@ def _ship(options: argparse.Namespace) -> Outcome:
         raise UserError(f"lab ship takes the model of one seed, not of {options.seeds}.")
     file, workdir = Path(options.results).expanduser(), Path(options.workdir).expanduser().resolve()
     root = Path(options.out).expanduser() if options.out else CHECKPOINTS
-    size = lab.size_of(options.size, gpu=choose_device(options.device)[0].type == "cuda")
-    jobs = lab.jobs(options.names, seeds, size, options.steps)
+    device = choose_device(options.device)[0].type
+    size = lab.size_of(options.size, gpu=device == "cuda")
+    jobs = lab.jobs(options.names, seeds, size, options.steps, device)
     runs = {results.key_of(record): record for _, record in results.lines(file)}
     twins = [ship.trained(job, workdir) for job in jobs]  # whatever is wrong is said before anything is written
     for job in jobs:
@@ -186,10 +190,9 @@ def card(job: lab.Job, record: dict) -> str:
     """What a shipped model is, how it scored, and what makes it again."""
     run = reading.Run(**{name: record[name] for name in reading.Run.__dataclass_fields__ if name in record})
     setting = reading.Setting.of(run)
-    options = f" --size {setting.size} --steps {setting.steps}"
     again = [
         reading.run_command([job.variant.name], [job.seed], setting),
-        f"python -m app lab ship {job.variant.name} --seeds {job.seed}{options}",
+        f"python -m app lab ship {job.variant.name} --seeds {job.seed}{setting.options}",
     ]
     scores = {"fine detail": run.accuracy["fine"], "coarse": run.accuracy["coarse"]}
     scores |= {f"fine, glyphs of {height} px": each for height, each in run.accuracy["by_glyph_px"].items()}
@@ -254,16 +257,16 @@ def _row(record: dict) -> list:
     return [*start, *scores, record["cost"]["context"], f"{60 * record['hours']:.1f}"]
 
 
-def _through_ray(todo: Sequence[lab.Job], options: argparse.Namespace, device: str, workdir: Path, file: Path):
+def _through_ray(todo: Sequence[lab.Job], options: argparse.Namespace, workdir: Path, file: Path):
     """(records of the runs that ended, (job, why) of those that died), the data made first."""
     records, died = [], []
-    work = [(job, workdir, device) for job in todo]
+    work, gpu = [(job, workdir) for job in todo], todo[0].device == "cuda"
     with _progress(workdir) as progress:
-        _prepare(todo, options, device, workdir, progress)
+        _prepare(todo, options, workdir, progress)
         if options.again and options.action == "run":
             for job in todo:
                 lab.forget(job, workdir)
-        for number, found in many.through_ray(lab.run, work, options.ray, device == "cuda", progress):
+        for number, found in many.through_ray(lab.run, work, options.ray, gpu, progress):
             if isinstance(found, many.Died):
                 died.append((todo[number], found))
             else:
@@ -284,9 +287,9 @@ def _progress(workdir: Path) -> Iterator[Callable[[float, str], None]]:
         line.clear()
 
 
-def _prepare(jobs: Sequence[lab.Job], options: argparse.Namespace, device: str, workdir: Path, progress) -> None:
+def _prepare(jobs: Sequence[lab.Job], options: argparse.Namespace, workdir: Path, progress) -> None:
     """What these runs read, made here unless they run on a cluster: there each machine makes what it lacks."""
-    size = jobs[0].size
+    size, device = jobs[0].size, jobs[0].device
     if not options.ray:
         for pixels in sorted({job.variant.pixels for job in jobs if job.variant.reads != "text"}):
             scenes.prepare(

@@ -39,7 +39,9 @@ def lines(path: Path = RESULTS) -> Iterator[tuple[int, dict]]:
 
 def key_of(record: dict) -> str:
     """The same for two records of runs that are to give the same."""
-    return json.dumps([record.get(word) for word in ("variant", "seed", "steps", "config")], sort_keys=True)
+    return json.dumps(
+        [record.get(word) for word in ("variant", "seed", "steps", "device", "precision", "config")], sort_keys=True
+    )
 
 
 def write(record: dict, path: Path = RESULTS) -> None:

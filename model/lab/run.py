@@ -28,7 +28,7 @@ from model.lab.variants import LAYERS, LONG, Variant, first_layer, variant_of
 from model.training import dataset, twins
 from model.training.scenes import Question
 from model.training.tokenizer import make_tokenizer
-from model.training.tower import accelerator_for, compute_dtype
+from model.training.tower import accelerator_for, compute_dtype, precision_on
 
 SAMPLE, SAMPLE_PIXELS = 300, 100  # scenes whose features are measured first; fewer where the tower has to run for it
 MOST = 30  # questions of a test scene: all of them
@@ -68,19 +68,20 @@ def size_of(name: str | None, gpu: bool = False) -> Size:
 
 @dataclass(frozen=True)
 class Job:
-    """One run: what, how large, from which seed, for how many steps."""
+    """One run: what, how large, from which seed, for how many steps, where."""
 
     variant: Variant
     size: Size
     seed: int
     steps: int
+    device: str = "cpu"  # "cpu" | "cuda"
 
     @property
     def name(self) -> str:
         return f"{self.variant.name} {self.seed}"
 
     def config(self) -> dict:
-        """Everything that defines the run, but its variant's name, its seed and its steps."""
+        """Everything that defines the run, but its variant's name, seed, steps and device."""
         size = {key: value for key, value in asdict(self.size).items() if key not in ("name", "steps")}
         # "layers" would be the number of layers that get a stack, to those who read the results
         decoder = {"llm_width": size.pop("width"), "llm_layers": size.pop("layers")}
@@ -96,18 +97,23 @@ class Job:
 
     def key(self) -> str:
         """The same for two runs that are to give the same."""
-        record = {"variant": self.variant.name, "seed": self.seed, "steps": self.steps, "config": self.config()}
-        return results.key_of(record)
+        record = {"variant": self.variant.name, "seed": self.seed, "steps": self.steps}
+        where = {"device": self.device, "precision": precision_on(self.device)}
+        return results.key_of(record | where | {"config": self.config()})
 
     def folder(self, workdir: Path) -> Path:
         mark = hashlib.sha256(self.key().encode()).hexdigest()[:8]
         return workdir / "lab" / "runs" / f"{self.variant.name}-{self.seed}-{self.steps}-{mark}"
 
 
-def jobs(names: Iterable[str], seeds: Iterable[int], size: Size, steps: int | None = None) -> list[Job]:
+def jobs(
+    names: Iterable[str], seeds: Iterable[int], size: Size, steps: int | None = None, device: str = "cpu"
+) -> list[Job]:
     """Every variant from every seed, all variants of a seed before the next seed."""
     variants = [variant_of(name) for name in dict.fromkeys(names)]
-    return [Job(variant, size, seed, steps or size.steps) for seed in dict.fromkeys(seeds) for variant in variants]
+    return [
+        Job(variant, size, seed, steps or size.steps, device) for seed in dict.fromkeys(seeds) for variant in variants
+    ]
 
 
 def forget(job: Job, workdir: Path) -> None:
@@ -115,19 +121,20 @@ def forget(job: Job, workdir: Path) -> None:
     shutil.rmtree(job.folder(workdir), ignore_errors=True)
 
 
-def run(job: Job, workdir: Path, device: str | None = None, progress=None, runs: Path | None = None) -> dict:
+def run(job: Job, workdir: Path, progress=None, runs: Path | None = None) -> dict:
     """Train, test and measure; the record of the run. Goes on from the run's last checkpoint in `workdir`, or in `runs`
     where that is given. progress(share, words). UserError where it is to use a GPU and there is none."""
-    twin, questions, training, _, tested = train(job, workdir, device, progress, runs)
+    twin, questions, training, _, tested = train(job, workdir, progress, runs)
     curve = (job.folder(runs or workdir) / "curve.jsonl").read_text().splitlines()
-    accelerator = accelerator_for(device)
+    accelerator = accelerator_for(job.device)
     return {
         "variant": job.variant.name,
         "group": job.variant.group,
         "config": job.config(),
         "seed": job.seed,
         "steps": job.steps,
-        "device": accelerator.device.type,
+        "device": job.device,
+        "precision": precision_on(job.device),
         "hours": round(json.loads(curve[-1])["minutes"] / 60, 3),
         "parameters": twin.counted(),
         "accuracy": marks(twins.answered(twin, questions, *tested, most=MOST)),
@@ -137,27 +144,25 @@ def run(job: Job, workdir: Path, device: str | None = None, progress=None, runs:
     } | learned(twin)  # fmt: skip
 
 
-def train(
-    job: Job, workdir: Path, device: str | None, progress=None, runs: Path | None = None, until: int | None = None
-) -> tuple:
+def train(job: Job, workdir: Path, progress=None, runs: Path | None = None, until: int | None = None) -> tuple:
     """Train, as `run` does, to the end or to the step `until`: (twin, questions, training, validation, test), the twin
     ready to be asked."""
-    if device == "cuda" and not torch.cuda.is_available():
+    if job.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, but the machine of this run has no GPU that works; give --device cpu.")
     folder, size = job.folder(runs or workdir), job.size
-    made = _with_text(job) if job.variant.reads == "text" else _with_pictures(job, workdir, device)
+    made = _with_text(job) if job.variant.reads == "text" else _with_pictures(job, workdir)
     twin, questions, training, watched, _ = made
-    options = {"batch": size.batch, "seed": job.seed, "rate": size.rate, "device": device, "progress": progress}
+    options = {"batch": size.batch, "seed": job.seed, "rate": size.rate, "device": job.device, "progress": progress}
     options |= {"until": until, "log": lambda line: None}
     twins.fit(job.name, twin, questions, training, watched, folder, (job.steps,), **options)
-    twin.to(accelerator_for(device).device).eval()
+    twin.to(accelerator_for(job.device).device).eval()
     return made
 
 
-def _with_pictures(job: Job, workdir: Path, device: str | None) -> tuple:
+def _with_pictures(job: Job, workdir: Path) -> tuple:
     """(twin, questions, training, validation, test) of a run on scenes, its weights drawn from its seed."""
     size, layers, pixels = job.size, job.size.layers, job.variant.pixels
-    data = scenes.prepare(workdir, size.scenes, size.validation, size.test, device=device, pixels=pixels)
+    data = scenes.prepare(workdir, size.scenes, size.validation, size.test, device=job.device, pixels=pixels)
     training = [(scenes.placed(batch, job.variant, layers), features) for batch, features in data.training]
     watched, tested = (
         (scenes.placed(batch, job.variant, layers), features) for batch, features in (data.validation, data.test)

@@ -126,7 +126,7 @@ def ranked(job: Job, workdir: Path, until: int) -> dict | None:
     return json.loads(said.read_text()) if said.exists() else None
 
 
-def climb(job: Job, workdir: Path, device: str | None, until: int, progress=None) -> dict:
+def climb(job: Job, workdir: Path, until: int, progress=None) -> dict:
     """Train one candidate up to a step, from where it was; what it scores on the validation scenes then. Steps that
     were lost in a kill are trained again, and not counted."""
     if there := ranked(job, workdir, until):
@@ -139,7 +139,7 @@ def climb(job: Job, workdir: Path, device: str | None, until: int, progress=None
     def within(share: float, words: str) -> None:
         progress(share * job.steps / until, words)
 
-    twin, questions, _, watched, _ = lab.train(job, workdir, device, progress and within, home(workdir), until)
+    twin, questions, _, watched, _ = lab.train(job, workdir, progress and within, home(workdir), until)
     scores = lab.marks(twins.answered(twin, questions, *watched, most=lab.MOST))["fine"]
     new = said.with_suffix(".new")
     new.write_text(json.dumps(scores))
@@ -147,13 +147,13 @@ def climb(job: Job, workdir: Path, device: str | None, until: int, progress=None
     return scores
 
 
-def finish(job: Job, workdir: Path, device: str | None, progress=None) -> dict:
+def finish(job: Job, workdir: Path, progress=None) -> dict:
     """Test and measure a run that a search has trained to its end; its record."""
-    return lab.run(job, workdir, device, progress, home(workdir))
+    return lab.run(job, workdir, progress, home(workdir))
 
 
-def record(found: Found, budget: int, device: str) -> dict:
-    """One line for the file of searches."""
+def record(found: Found, budget: int, ended: dict) -> dict:
+    """One line for the file of searches. ended: the record of the winner's run."""
     job = found.winner
     size = {key: value for key, value in job.config().items() if key not in job.variant.config()}
     rungs = [
@@ -168,7 +168,7 @@ def record(found: Found, budget: int, device: str) -> dict:
         "config": {**size, "budget": budget},
         "seed": job.seed,
         "steps": job.steps,
-        "device": device,
+        **{key: ended[key] for key in ("device", "precision", "versions")},
         "budget": budget,
         "spent": spent([rung for rung, _ in found.rungs]),
         "candidates": len(candidates(job.size.layers)),
@@ -176,7 +176,6 @@ def record(found: Found, budget: int, device: str) -> dict:
         "winner": job.variant.name,
         "rule": RULE,
         "when": datetime.date.today().isoformat(),
-        "versions": lab.versions(torch.device(device)),
     }
 
 

@@ -36,12 +36,16 @@ HEAD_WEIGHTS = {
 
 
 def accelerator_for(device: str | None) -> Accelerator:
-    """Where to train, and how: in bfloat16 on CUDA and on CPUs with matrix units for it (AMX), where a step takes 0.22
-    instead of 0.36 s, else in float32; `device` "cpu" forces the CPU.
-    """
+    """Where to train, and how precisely; `device` "cpu" forces the CPU."""
     cuda = torch.cuda.is_available() and device != "cpu"
-    fast = cuda or torch.cpu._is_amx_tile_supported()
+    fast = precision_on("cuda" if cuda else "cpu") == "bfloat16"
     return Accelerator(mixed_precision="bf16" if fast else "no", cpu=not cuda)
+
+
+def precision_on(device: str) -> str:
+    """In what training multiplies matrices on "cuda" or on this machine's "cpu": bfloat16 on CUDA and on CPUs with
+    matrix units for it (AMX), where a step takes 0.22 instead of 0.36 s, else float32."""
+    return "bfloat16" if device == "cuda" or torch.cpu._is_amx_tile_supported() else "float32"
 
 
 def compute_dtype(accelerator: Accelerator) -> torch.dtype:
@@ -52,7 +56,7 @@ def compute_dtype(accelerator: Accelerator) -> torch.dtype:
 def machine(device: str | None) -> dict[str, str | int]:
     """What a run was made on, for its recipe."""
     accelerator = accelerator_for(device)
-    precision = "bfloat16" if accelerator.mixed_precision == "bf16" else "float32"
+    precision = precision_on(accelerator.device.type)
     return {"device": str(accelerator.device), "precision": precision, "threads": torch.get_num_threads()}
 
 

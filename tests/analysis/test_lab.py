@@ -68,13 +68,14 @@ def test_a_broken_line_is_named_by_file_and_number(tmp_path, broken, said):
 
 
 def test_runs_of_different_length_or_device_are_not_mixed(tmp_path):
-    lines = [line("none"), line("stack-2d"), line("none", steps=500), line("none", device="cuda:1", steps=500)]
-    lines.append(line("none", config={"size": "large"}))
+    lines = [line("none"), line("stack-2d"), line("none", steps=500), line("none", device="cuda", steps=500)]
+    lines += [line("none", config={"size": "large"}), line("none", precision="float32")]
     found = lab.settings(runs(tmp_path, *lines))
     names = ["2,000 steps on cpu", "500 steps on cpu", "500 steps on cuda", "large, 2,000 steps on cpu"]
+    names.append("2,000 steps on cpu in float32")
     assert [str(each) for each in found] == names
-    assert lab.run_command(["none"], [0], list(found)[-1]).endswith("--seeds 0 --size large --steps 2000")
-    with pytest.raises(UserError, match="not of 4; choose one first"):
+    assert lab.run_command(["none"], [0], list(found)[3]).endswith("--seeds 0 --size large --steps 2000")
+    with pytest.raises(UserError, match="not of 5; choose one first"):
         summary(tmp_path, *lines)
 
 

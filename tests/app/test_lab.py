@@ -15,6 +15,7 @@ from model.catalog import describe_models
 from model.lab import results
 from model.lab import run as lab
 from model.lab.variants import VARIANTS
+from model.training.tower import precision_on
 from tests import lab as made_up
 from tests.model.lab.lab_sizes import TINY, job
 
@@ -101,7 +102,7 @@ def test_a_search_spends_its_budget_and_meets_the_rule_of_thumb(said, tmp_path, 
     assert {each["variant"] for _, each in results.lines(file)} == {record["winner"], "stack-2d"}
     assert "6 of 6 steps spent on 2 of 49 placements" in out and "at step 2:" in out and "stack-2d" in out
     table = said("table", "--results", str(file))[1]
-    assert "search, tiny, 4 steps on cpu, seed 0: " in table and "at step" not in table
+    assert f"search, tiny, 4 steps on cpu in {precision_on('cpu')}, seed 0: " in table and "at step" not in table
     before = file.read_text()
     code, out, err = said(*argv, "--json")
     assert code == 0 and json.loads(out)["rungs"] == record["rungs"] and file.read_text() == before
@@ -145,7 +146,7 @@ def test_a_finished_run_is_shipped_with_its_card_and_can_be_asked(said, tmp_path
     monkeypatch.setitem(lab.SIZES, "tiny", TINY)
     work, file, out = tmp_path / "work", tmp_path / "results.jsonl", tmp_path / "checkpoints"
     made = job("dummy")
-    record = lab.run(made, work, "cpu")
+    record = lab.run(made, work)
     options = ["--size", "tiny", "--device", "cpu", "--results", str(file), "--workdir", str(work), "--out", str(out)]
     code, _, err = said("ship", "dummy", *options)
     assert code == 2 and f"dummy 0 has no line in {file}" in err and not out.exists()

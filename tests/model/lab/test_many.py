@@ -34,7 +34,7 @@ def trained(folder: Path, progress=None) -> None:
 
     twins.SAVE_EVERY, cost.PREFILLS, cost.STEPS = 2, 1, 1
     try:
-        lab.run(job("gate", STEPS), folder, "cpu", progress and within)
+        lab.run(job("gate", STEPS), folder, progress and within)
     finally:
         twins.SAVE_EVERY, cost.PREFILLS, cost.STEPS = before
 

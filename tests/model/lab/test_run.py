@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ TOWER = "model.model.vision_tower."
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_trains_two_steps_and_says_what_it_is(workdir, name):
     made = job(name)
-    record = json.loads(json.dumps(lab.run(made, workdir, "cpu")))
+    record = json.loads(json.dumps(lab.run(made, workdir)))
     assert results.key_of(record) == made.key()
     assert record["group"] == VARIANTS[name].group and record["steps"] == 2 and record["device"] == "cpu"
     accuracy, text = record["accuracy"], VARIANTS[name].merge in TEXTS
@@ -65,7 +66,7 @@ def test_what_a_variant_learns_changes_in_training(workdir):
         ("gate-channel", "gates", 1.0),
         ("layer-positions", "positions", 0.0),
     ):
-        lab.run(job(name), workdir, "cpu")
+        lab.run(job(name), workdir)
         assert (weights(job(name), workdir)["twin"][part] != start).any(), name
 
 
@@ -74,7 +75,7 @@ def test_the_tower_changes_where_it_is_tuned_and_nowhere_else(workdir):
     frozen = scenes.load_tower().tower.state_dict()
     matrices = {name for name, value in frozen.items() if value.ndim == 2 and "layers" in name}
     for name in ("none-tuned", "deepstack-v-1", "taps-1"):
-        lab.run(job(name), workdir, "cpu")
+        lab.run(job(name), workdir)
         kept = weights(job(name), workdir)["twin"]
         tower = {label.removeprefix(TOWER): value for label, value in kept.items() if label.startswith(TOWER)}
         tuned = VARIANTS[name].tuned
@@ -105,7 +106,7 @@ def test_the_views_show_what_the_features_were_made_of(workdir):
 def test_the_towers_work_is_counted_by_what_a_variant_reads(workdir):
     """One view, one and part of four, four, five; a tap more costs the tower nothing."""
     names = ("none", "none-tuned", "deepstack-v-0", "deepstack-v-3", "taps-0", "taps-3", "string", "stack-2d")
-    costs = {name: lab.run(job(name), workdir, "cpu")["cost"] for name in names}
+    costs = {name: lab.run(job(name), workdir)["cost"] for name in names}
     one, *rest = (costs[name]["tower_flops"] for name in names)
     assert [round(work / one, 1) for work in rest] == [1.0, 1.1, 3.4, 4.0, 4.0, 4.0, 5.0]
     assert costs["none"]["prefill_flops"] == costs["none-tuned"]["prefill_flops"]
@@ -119,7 +120,7 @@ def test_the_work_of_a_step_is_counted_forward_and_backward(workdir):
     assert cost.flops(lambda: matrix(entered).sum().backward()) == 2 * (2 * 7 * 3 * 5)
     entered.requires_grad_()
     assert cost.flops(lambda: matrix(entered).sum().backward()) == 3 * (2 * 7 * 3 * 5)
-    frozen, tuned = (lab.run(job(name), workdir, "cpu")["cost"] for name in ("none", "none-tuned"))
+    frozen, tuned = (lab.run(job(name), workdir)["cost"] for name in ("none", "none-tuned"))
     towers = (tuned["step_flops"] - frozen["step_flops"]) / tuned["tower_flops"] / TINY.batch
     assert 2.5 < towers < 3.5
 
@@ -154,15 +155,15 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path, workdir
     monkeypatch.setattr(twins, "LOOK_SHARE", 0.5)
     monkeypatch.setattr(twins, "LOOK_BATCH", 3)
     with pytest.raises(Killed):
-        lab.run(made, tmp_path, "cpu", progress=killer(at))
+        lab.run(made, tmp_path, progress=killer(at))
     assert weights(made, tmp_path)["step"] == at - 1
-    ended = lab.run(made, tmp_path, "cpu")
+    ended = lab.run(made, tmp_path)
     broken = weights(made, tmp_path)
     lab.forget(made, tmp_path)
-    record = lab.run(made, tmp_path, "cpu")
+    record = lab.run(made, tmp_path)
     curve = (made.folder(tmp_path) / "curve.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in curve if "chars" in line] == [8, 10]
-    assert ended["accuracy"] == record["accuracy"] == lab.run(made, tmp_path, "cpu")["accuracy"]
+    assert ended["accuracy"] == record["accuracy"] == lab.run(made, tmp_path)["accuracy"]
     unbroken = weights(made, tmp_path)
     assert broken["step"] == unbroken["step"] == 10
     assert all(torch.equal(broken["twin"][name], value) for name, value in unbroken["twin"].items())
@@ -184,7 +185,7 @@ def test_variants_see_the_same_scenes_and_questions_in_the_same_order(workdir, m
     for first, *rest in groups:
         for name in (first, *rest):
             lab.forget(job(name), workdir)
-            lab.run(job(name), workdir, "cpu")
+            lab.run(job(name), workdir)
         assert len(asked[first]) >= 2
         for name in rest:
             same = map(torch.equal, asked[name], asked[first])
@@ -204,6 +205,7 @@ def test_records_are_written_once(tmp_path):
 
 WRITER = """
 import sys, time
+from dataclasses import replace
 from pathlib import Path
 from model.lab import results
 folder, own = Path(sys.argv[1]), int(sys.argv[2])
@@ -238,7 +240,17 @@ def test_a_damaged_file_of_results_is_refused(tmp_path, line, words):
 def test_a_run_is_another_where_anything_that_defines_it_differs():
     keys = {job("none").key(), job("dummy").key(), job("none", steps=3).key()}
     keys |= {lab.Job(VARIANTS["none"], TINY, 1, 2).key(), lab.Job(VARIANTS["none"], lab.SIZES["small"], 0, 2).key()}
-    assert len(keys) == 5
+    keys |= {replace(job("none"), device="cuda").key()}
+    assert len(keys) == 6
+
+
+def test_runs_in_another_precision_or_place_keep_their_own_lines(tmp_path):
+    """A run on a GPU, or on a CPU without matrix units, replaces none that was made elsewhere."""
+    file, line = tmp_path / "results.jsonl", json.loads(job("none").key())
+    record = dict(zip(("variant", "seed", "steps", "device", "precision", "config"), line, strict=True))
+    for each in (record, record | {"precision": "other"}, record | {"device": "cuda"}, record):
+        results.write(each, file)
+    assert len(list(results.lines(file))) == 3 and results.key_of(record) == job("none").key()
 
 
 def test_runs_on_text_do_not_depend_on_pictures():

@@ -46,7 +46,7 @@ def jobs(count, seed=0):
 
 def searched(workdir, made, rungs, progress=None):
     def climb(left, until):
-        return [search.climb(job, workdir, "cpu", until, progress) for job in left]
+        return [search.climb(job, workdir, until, progress) for job in left]
 
     return search.halve(made, rungs, climb)
 
@@ -126,14 +126,14 @@ def test_survivors_go_on_and_what_ends_is_the_run_of_the_variant(tmp_path, workd
     found = searched(folder, jobs(3), rungs)
     assert len(steps_done) == 16 and sorted(steps_done) == sorted([0, 1, 2, 3] * 3 + [4, 5, 6, 7])
     assert set(asked) == {TINY.validation}, "scenes of the test had a part in it"
-    record = search.record(found, 17, "cpu")
-    assert record["spent"] == 16 and [len(rung["ranking"]) for rung in record["rungs"]] == [3, 1]
     winner = found.winner
+    ended = search.finish(winner, folder)
+    assert len(steps_done) == 16 and asked[-1] == TINY.test
+    record = search.record(found, 17, ended)
+    assert record["spent"] == 16 and [len(rung["ranking"]) for rung in record["rungs"]] == [3, 1]
     assert record["winner"] == winner.variant.name and record["rule"] == "stack-2d"
     assert [each["variant"] for each in record["rungs"][-1]["ranking"]] == [winner.variant.name]
-    ended = search.finish(winner, folder, "cpu")
-    assert len(steps_done) == 16 and asked[-1] == TINY.test
-    unbroken = lab.run(winner, folder, "cpu")
+    unbroken = lab.run(winner, folder)
     assert len(steps_done) == 24
     for key in ("variant", "config", "seed", "steps", "accuracy"):
         assert ended[key] == unbroken[key]
@@ -165,6 +165,6 @@ def test_a_killed_search_goes_on_and_ends_as_an_unbroken_one(tmp_path, workdir, 
 
 def test_a_run_that_went_on_without_being_ranked_begins_anew(tmp_path, workdir, steps_done):
     folder, (job,) = own(tmp_path, workdir), jobs(1)
-    search.climb(job, folder, "cpu", 4)
-    search.climb(job, folder, "cpu", 2)
+    search.climb(job, folder, 4)
+    search.climb(job, folder, 2)
     assert steps_done == [0, 1, 2, 3, 0, 1]

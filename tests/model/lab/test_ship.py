@@ -47,7 +47,7 @@ def shipped(workdir, tmp_path_factory):
         if name not in made:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(lab, "costs", lambda *_: {})
-                lab.run(job(name), workdir, "cpu")
+                lab.run(job(name), workdir)
             out = ship.ship(trained(name), root / name, {"made": name})
             made[name] = trained(name), load(str(out))
         return made[name]
