@@ -116,9 +116,9 @@ class Outcome:
         """The comparison and its points in one line."""
         if self.difference is None:
             return f"{self.comparison.words}: not run"
-        value, low, high = (100 * end for end in self.difference)
+        gap = self.difference
         seeds = f"{self.seeds} seed{'s' if self.seeds > 1 else ''}"
-        return f"{self.comparison.words}: {self.kind}, {value:+.1f} points ({low:+.1f} to {high:+.1f}, {seeds})"
+        return f"{self.comparison.words}: {self.kind}, {gap.points} points ({gap.points_ends}, {seeds})"
 
 
 @dataclass(frozen=True)

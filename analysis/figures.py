@@ -529,7 +529,7 @@ def lab_variants(found: Summary, dark: bool | None = None) -> go.Figure:
             mode="markers",
             marker={"size": 9, "color": hue},
             error_x=_arms(means, hue),
-            hovertext=[_told(found, rows[i]) for i in places],
+            hovertext=[_told(rows[i]) for i in places],
             hoverinfo="text",
             row=1,
             col=1,
@@ -607,7 +607,7 @@ def lab_axes(found: Summary, dark: bool | None = None) -> go.Figure:
             line={"color": hue, "width": 2},
             marker={"size": 8},
             error_y=_arms(means, hue),
-            hovertext=[_told(found, row) for _, row in points],
+            hovertext=[_told(row) for _, row in points],
             hoverinfo="text",
             row=at,
             col=1,
@@ -659,7 +659,7 @@ def lab_budget(found: Summary, dark: bool | None = None, at_share: float | None 
             line={"color": hue, "width": 2},
             marker={"size": 9, "symbol": marks.RANKED[at][0]},
             error_y=_arms(means, hue),
-            hovertext=[f"{_told(found, row)}<br>{RANKINGS[ranking]}" for _, row in points],
+            hovertext=[f"{_told(row)}<br>{RANKINGS[ranking]}" for _, row in points],
             hoverinfo="text",
         )
     _frame(fig, f"{found.words.capitalize()}, %, by budget", dark, 240, marks.budget_note(found))
@@ -690,7 +690,7 @@ def lab_recall(found: Summary, dark: bool | None = None) -> go.Figure:
             line={"color": hue, "width": 2},
             marker={"size": 8, "symbol": at},
             error_y=_arms([*means.values()], hue),
-            hovertext=[f"{_told(found, row)}<br>part {part}: {100 * mean.value:.1f} %" for part, mean in means.items()],
+            hovertext=[f"{_told(row)}<br>part {part}: {100 * mean.value:.1f} %" for part, mean in means.items()],
             hoverinfo="text",
         )
         ends.append((marks.short(marks.of_text(row.variant), 16), 100 * [*means.values()][-1].value, hue))
@@ -740,7 +740,7 @@ def lab_cost(found: Summary, cost: str = "context", dark: bool | None = None) ->
             textfont={"color": for_words(hue, dark), "size": SIZE},
             cliponaxis=False,
             error_y=_arms(means, hue),
-            hovertext=[f"{_told(found, rows[i])}<br>{marks.number(spent[i])} {COSTS[cost].unit}" for i in places],
+            hovertext=[f"{_told(rows[i])}<br>{marks.number(spent[i])} {COSTS[cost].unit}" for i in places],
             hoverinfo="text",
         )
     note = "" if len(named) == len(rows) else "Names that would lie on others are left out; point at a dot."
@@ -751,13 +751,10 @@ def lab_cost(found: Summary, cost: str = "context", dark: bool | None = None) ->
     return fig
 
 
-def _told(found: Summary, row: Row) -> str:
+def _told(row: Row) -> str:
     """A variant's numbers, for hovering."""
-    deviation = "" if row.deviation is None else f" ± {100 * row.deviation:.1f}"
-    seeds = f"{len(row.runs)} seed{'s' if len(row.runs) > 1 else ''} of {row.n} questions"
-    lines = [f"<b>{escape(row.variant)}</b>: {100 * row.mean.value:.1f}{deviation} %, {seeds}"]
-    lines.append(f"95 %: {100 * row.mean.low:.1f} to {100 * row.mean.high:.1f}")
-    return "<br>".join(lines)
+    ours = f"<b>{escape(row.variant)}</b>: {row.percent} %, {row.counted} of {row.n} questions"
+    return f"{ours}<br>95 %: {row.mean.percent_ends}"
 
 
 def loss_curve(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], dark: bool | None = None) -> go.Figure:

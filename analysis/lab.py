@@ -408,6 +408,24 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    @property
+    def percent(self) -> str:
+        """A share's value in words."""
+        return f"{100 * self.value:.1f}"
+
+    @property
+    def percent_ends(self) -> str:
+        return f"{100 * self.low:.1f} to {100 * self.high:.1f}"
+
+    @property
+    def points(self) -> str:
+        """A difference's value in words."""
+        return f"{100 * self.value:+.1f}"
+
+    @property
+    def points_ends(self) -> str:
+        return f"{100 * self.low:+.1f} to {100 * self.high:+.1f}"
+
 
 class Spread(NamedTuple):
     """How far runs of one variant lie apart that differ in their seed alone: standard deviation, pooled over all
@@ -510,6 +528,16 @@ class Row:
     @cached_property
     def mean(self) -> Interval:
         return mean_interval(self.shares, self.things, self.spread)
+
+    @property
+    def percent(self) -> str:
+        """The mean of all seeds, and how far they lie apart where there are several."""
+        return self.mean.percent + ("" if self.deviation is None else f" ± {100 * self.deviation:.1f}")
+
+    @property
+    def counted(self) -> str:
+        """How many seeds: "2 seeds"."""
+        return f"{len(self.runs)} seed{'s' if len(self.runs) > 1 else ''}"
 
     def minus(self, other: Row) -> Interval:
         """The difference to another variant."""
@@ -633,11 +661,11 @@ class Summary:
         sign = paper.sign if gap is None else int(math.copysign(1, gap))
         ours = row.minus(other)
         if ours.low <= 0 <= ours.high:
-            ends = f"{100 * ours.low:+.1f} to {100 * ours.high:+.1f} points"
-            return Verdict("cannot decide", f"Our interval against {paper.against}, {ends}, includes zero.")
+            words = f"Our interval against {paper.against}, {ours.points_ends} points, includes zero."
+            return Verdict("cannot decide", words)
         theirs = f"{gap:+.1f} points of {self.bench}" if gap is not None else ("better" if sign > 0 else "worse")
         same = (ours.value > 0) == (sign > 0)
-        mine = f"{100 * ours.value:+.1f} points against {paper.against}"
+        mine = f"{ours.points} points against {paper.against}"
         return Verdict("agrees" if same else "disagrees", f"Ours: {mine}; the paper's: {theirs}.")
 
     def along(self, axis: str) -> list[tuple[float, Row]]:
@@ -860,7 +888,7 @@ def outcome(search: Search, runs: Sequence[Run]) -> str:
     winner, rule = row[search.winner], row[search.rule]
     picked = "" if others else " Its only run is the one that the search picked, which flatters it."
     gap = winner.minus(rule)
-    ends = f"{100 * gap.value:+.1f} points on fine questions, {100 * gap.low:+.1f} to {100 * gap.high:+.1f}"
+    ends = f"{gap.points} points on fine questions, {gap.points_ends}"
     seeds = f"seed{'s' if len(winner.seeds) > 1 else ''} {_and(winner.seeds)} against {_and(rule.seeds)}"
     if winner.spread is None:
         told = f"Undecided: {search.winner} against the rule of thumb {search.rule}, {ends}, one seed of each"

@@ -231,18 +231,16 @@ def _slug(words: str) -> str:
 
 def _compared(found: reading.Summary, row: reading.Row) -> list:
     gap, paper = found.difference(row), reading.PAPER.get(row.variant)
-    spread = "" if row.deviation is None else f" ± {100 * row.deviation:.1f}"
     printed = paper.scores.get(found.bench) if paper else None
     control = found.against(row)
     beside = None if control == row.variant else f"{control} has not been run"
     if gap is not None:
-        ends = f"{100 * gap.low:+.1f} to {100 * gap.high:+.1f}"
-        beside = f"{100 * gap.value:+.1f} ({ends}) against {control}"
+        beside = f"{gap.points} ({gap.points_ends}) against {control}"
     return [
         row.variant,
         len(row.seeds),
-        f"{100 * row.mean.value:.1f}{spread}",
-        f"{100 * row.mean.low:.1f} to {100 * row.mean.high:.1f}",
+        row.percent,
+        row.mean.percent_ends,
         beside,
         None if printed is None else f"{printed:.1f}",
         found.judge(row).kind,

@@ -332,16 +332,14 @@ def _row(desk: Desk, found: Summary, coarse: Summary, row: Row) -> str:
 
 
 def _share(row: Row, short: bool = False) -> str:
-    deviation = "" if row.deviation is None else f" ± {100 * row.deviation:.1f}"
-    seeds = f"{len(row.runs)} seed{'s' if len(row.runs) > 1 else ''} × {row.n}"
-    ends = "" if short else f"{100 * row.mean.low:.1f} to {100 * row.mean.high:.1f}, <br>"
-    return f"<span>{100 * row.mean.value:.1f}{deviation}</span><small>{ends}{seeds}</small>"
+    ends = "" if short else f"{row.mean.percent_ends}, <br>"
+    return f"<span>{row.percent}</span><small>{ends}{row.counted} × {row.n}</small>"
 
 
 def _points(gap: Interval | None, against: str) -> str:
     if gap is None:
         return f"–<small>{against}: not run</small>"
-    return f"{100 * gap.value:+.1f}<small>{100 * gap.low:+.1f} to {100 * gap.high:+.1f}, <br>{against}</small>"
+    return f"{gap.points}<small>{gap.points_ends}, <br>{against}</small>"
 
 
 def _costs(row: Row) -> str:
