@@ -227,6 +227,15 @@ def test_two_processes_that_write_at_once_lose_no_line(tmp_path):
     assert found == {(own, seed) for own in range(2) for seed in range(200)}
 
 
+def test_the_results_that_ship_are_of_what_the_code_would_run():
+    """The same tower, scenes and variants: none was made by something that has changed since."""
+    records = [record for _, record in results.lines()]
+    assert records
+    for record in records:
+        (made,) = lab.jobs([record["variant"]], [record["seed"]], lab.SIZES[record["config"]["size"]], record["steps"])
+        assert record["config"] == made.config(), made.name
+
+
 @pytest.mark.parametrize(
     "line, words", [("{", "line 2, is no finished run: it is no JSON. "), ("[]", "line 2, .* it is no JSON object")]
 )
