@@ -75,8 +75,12 @@ CLAIMS = (
     Claim(
         "Visual tokens must enter early: up to a quarter of the depth is acceptable, past the middle much is lost.",
         "figure 3 a",
-        (Comparison("global-deeper-2", "not below", SINGLE), Comparison("global-deeper-6", "below", SINGLE)),
-        "Our training has every variant read in the last two layers, which may make a late start easier.",
+        tuple(
+            Comparison(f"global-deeper-{layer}{guided}", how, f"{SINGLE}{guided}")
+            for guided in ("", "-unguided")
+            for layer, how in ((2, "not below"), (6, "below"))
+        ),
+        "Our training has all but the unguided read in the last two layers, which may make a late start easier.",
     ),
     Claim(
         "Stacks help at every interval between their layers.",

@@ -40,6 +40,8 @@ CONTROLS = {
     "start-5": "layers-3",  # the same stacks, as many as find a layer
     "start-6": "layers-2",
     "start-7": "layers-1",
+    "none-unguided": "none",
+    "start-4-unguided": "stack-2d-unguided",
     **dict.fromkeys(("taps-1", "taps-2", "taps-3", "taps-samples"), "taps-0"),
     "taps-3-last": "taps-3",
     **{f"budget-{share}{by}": f"budget-{share}-random" for share in (50, 25) for by in ("", "-question")},
@@ -159,14 +161,22 @@ PAPER: dict[str, Paper] = {
     ),
     **{
         name: Paper(
-            "figure 3 a", "the global tokens moved to a quarter of the depth at most: acceptable", against="none"
+            "figure 3 a",
+            "the global tokens moved to a quarter of the depth at most: acceptable",
+            against="none-unguided" if name.endswith("unguided") else "none",
         )
-        for name in ("global-deeper-1", "global-deeper-2")
+        for name in ("global-deeper-1", "global-deeper-2", "global-deeper-2-unguided")
     },
     "global-deeper": Paper("figure 3 a", "the global tokens moved to the midpoint: neither named", against="none"),
-    "global-deeper-6": Paper(
-        "figure 3 a", "the global tokens moved past the midpoint: a significant drop", against="none", sign=-1
-    ),
+    **{
+        f"global-deeper-6{guided}": Paper(
+            "figure 3 a",
+            "the global tokens moved past the midpoint: a significant drop",
+            against=f"none{guided}",
+            sign=-1,
+        )
+        for guided in ("", "-unguided")
+    },
     **{
         f"interval-{k}": Paper("figure 3 b", "every interval better than none", against="none", sign=1)
         for k in (2, 3, 4)
@@ -240,8 +250,9 @@ CANNOT_SAY = {
         "that. For the inconsistent resize we squeeze the global view, where the paper pads the high-resolution one."
     ),
     "where": (
-        "In every variant, training shows one attention head of the last two layers where each answer stands: all read "
-        "late wherever tokens enter, so a late start may cost less here than elsewhere. Stacks that would enter beyond "
+        "Training shows one attention head of the last two layers where each answer stands: all read late wherever "
+        "tokens enter, so a late start may cost less here than elsewhere. The unguided variants are shown nothing of "
+        "it, and so are compared with each other. Stacks that would enter beyond "
         "layer 7 are left out: start-6 and interval-4 keep two of four, interval-3 and start-5 three. Fewer layers "
         "also means fewer pixels."
     ),

@@ -28,7 +28,7 @@ from model.training.train import CHECKPOINTS, export
 
 # what of a variant the family can run; one that sets anything else has numbers only
 RUN = {"name", "group", "words", "merge", "rows", "sampling", "start", "interval", "count", "base_at", "gate"}
-RUN |= {"tuned", "tower_start"}
+RUN |= {"tuned", "tower_start", "guided"}
 DIGITS = 4  # of a gate as the default plan's gain
 
 

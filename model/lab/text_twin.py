@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from model.lab.variants import Variant, entering, layers_of
+from model.lab.variants import Variant, entering, layers_of, watched
 from model.training import dataset, packed, twins
 from model.training.canvas import CHARACTERS
 
@@ -29,7 +29,7 @@ class TextTwin(nn.Module):
         self.variant, self.model = variant, LlamaForCausalLM(text)
         nn.init.normal_(self.language.embed_tokens.weight, std=SPREAD)
         self.heads = packed.Heads(width, dataset.CONTENTS, len(CHARACTERS) + 1)
-        self.watched, self.inspected = (layers - 2, layers - 1), layers - 1
+        self.watched, self.inspected = watched(variant, layers), layers - 1
         self.places = [*layers_of(variant, layers)]
         self.register_buffer("taken", entering(variant, layers), persistent=False)
 

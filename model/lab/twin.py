@@ -11,7 +11,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from model import lowrank
 from model.lab import sight
-from model.lab.variants import LOW, SETS, TAPS, Variant, first_layer, layers_of, sets_of
+from model.lab.variants import LOW, SETS, TAPS, Variant, first_layer, layers_of, sets_of, watched
 from model.training import packed
 from model.training.tower import normalised
 from model.training.twins import Twin, begin
@@ -60,7 +60,7 @@ class LabTwin(Twin):
             self.whiten = torch.stack([whiten for _, whiten in made])
             self.mergers = nn.ModuleList(self._merger(k < variant.taps) for k in range(variant.count))
         self.variant, self.places = variant, places
-        self.watched, self.inspected = (layers - 2, layers - 1), layers - 1
+        self.watched, self.inspected = watched(variant, layers), layers - 1
         self.register_buffer("sets", sets_of(variant.sampling), persistent=False)
         if variant.gate != "none":
             self.gates = nn.Parameter(torch.ones(SETS, 1, width if variant.gate == "channel" else 1))

@@ -56,6 +56,7 @@ class Variant:
     tuned: bool = False  # the tower is trained, too, by low-rank changes
     tower_start: int | None = None  # DeepStack-V: the tower layer before which the first stack enters the global view
     tapped: str = "earlier"  # what taps read: the blocks of TAPPED, or "last": each the last one's
+    guided: bool = True  # training shows one attention head of the last two layers where each answer stands
 
     def config(self) -> dict:
         """Everything that sets it apart in a run: all but its name and words."""
@@ -131,6 +132,14 @@ _ALL = (
             merge="none", base_at=2),
     Variant("global-deeper-6", "where", "the global view alone, added before layer 6; zeros at the input",
             merge="none", base_at=6),
+    Variant("stack-2d-unguided", "where", "as stack-2d, but training shows no attention head where answers stand: a "
+            "model finds out by itself in which layers to read", guided=False),
+    Variant("start-4-unguided", "where", "as start-4, but unguided", start=4, guided=False),
+    Variant("none-unguided", "where", "as none, but unguided", merge="none", guided=False),
+    Variant("global-deeper-2-unguided", "where", "as global-deeper-2, but unguided", merge="none", base_at=2,
+            guided=False),
+    Variant("global-deeper-6-unguided", "where", "as global-deeper-6, but unguided", merge="none", base_at=6,
+            guided=False),
     Variant("none-tuned", "tower", "the global view alone, the tower trained too, by changes of rank 8 to its "
             "matrices", merge="none", tuned=True),
     Variant("deepstack-v-0", "tower", "the tower trained as in none-tuned; stacks of the high-resolution view's patch "
@@ -229,6 +238,11 @@ def sets_of(sampling: str) -> torch.Tensor:
 def first_layer(variant: Variant, layers: int) -> int:
     """The layer before which the first stack is added, of `layers`; that number itself means after the last."""
     return layers if variant.start == LAST else variant.start
+
+
+def watched(variant: Variant, layers: int) -> tuple[int, ...]:
+    """The layers whose head 0 is shown where each answer stands."""
+    return (layers - 2, layers - 1) if variant.guided else ()
 
 
 def layers_of(variant: Variant, layers: int) -> dict[int, int]:

@@ -482,15 +482,14 @@ def set_random_state(state: list[torch.Tensor]) -> None:
 
 
 def answer_losses(twin, logits, result: packed.Pass, rows: packed.Rows, words) -> dict[str, torch.Tensor]:
-    """Answers; where head 0 of the watched layers looks; which place words the answers' positions know of."""
+    """Answers; where head 0 of the watched layers looks, if there are any; which place words the answers' positions
+    know of."""
     known, asked = result.cells >= 0, rows.asked[result.row]
     single = asked[:, 0] >= 0  # of rows with one question
     point = [-torch.log(a[known].gather(1, result.cells[known, None]) + 1e-6).mean() for a in result.attention.values()]
-    return {
-        "answer": F.cross_entropy(logits.float(), result.targets),
-        "point": sum(point) / len(point),
-        "asked": twin.heads.words_loss(result.asking[single], words, asked[single], asked=True),
-    }
+    losses = {"answer": F.cross_entropy(logits.float(), result.targets)}
+    losses |= {"point": sum(point) / len(point)} if point else {}
+    return losses | {"asked": twin.heads.words_loss(result.asking[single], words, asked[single], asked=True)}
 
 
 @torch.no_grad()

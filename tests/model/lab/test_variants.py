@@ -175,6 +175,19 @@ def test_each_stack_holds_the_projected_tokens_of_its_set(made, features):
 # ---- what equals what
 
 
+def test_an_unguided_variant_is_the_same_model_and_is_shown_nothing(made, features, rows):
+    """The same answers from the same weights; no layer's attention is compared with where answers stand."""
+    losses = {}
+    for name in ("stack-2d", "stack-2d-unguided"):
+        twin = made(VARIANTS[name])
+        logits, result = twin(features, rows)
+        words = torch.zeros(len(twins.WORDS), WIDTH)
+        losses[name] = twins.answer_losses(twin, logits, result, rows, words)
+        assert [*result.attention] == ([6, 7] if name == "stack-2d" else [])
+    assert set(losses["stack-2d"]) - set(losses["stack-2d-unguided"]) == {"point"}
+    torch.testing.assert_close(losses["stack-2d"]["answer"], losses["stack-2d-unguided"]["answer"])
+
+
 def test_dummy_repeats_the_global_tokens(made, features):
     base, stacks = made(VARIANTS["dummy"]).inject(features)
     assert [*stacks] == [1, 2, 3, 4]
