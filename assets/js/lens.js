@@ -23,6 +23,10 @@
   lens.html = (tag, attributes, children) => make((t) => document.createElement(t), tag, attributes, children);
   lens.svg = (tag, attributes, children) => make((t) => document.createElementNS(SVG, t), tag, attributes, children);
 
+  /* Height by width of an image of this size where it is drawn: of one much longer than wide, or wider than high, less,
+     so that its tokens can be told apart. */
+  lens.ratio = ([width, height]) => Math.min(5, Math.max(0.2, height / width));
+
   lens.colour = (source) => `var(--source-${source})`;
   lens.percent = (p) => (p >= 0.995 && p < 1 ? '99+ %' : p < 0.005 && p > 0 ? '<1 %' : `${Math.round(p * 100)} %`);
 
