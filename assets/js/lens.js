@@ -122,6 +122,16 @@
 
   /* ---- small things that every click may mean */
   document.addEventListener('click', (event) => {
+    /* Gradio gives the page a base address without its query: followed, a link to a place on it would load it anew. */
+    const inside = event.target.closest('.gradio-container a[href^="#"]');
+    if (inside) {
+      event.preventDefault();
+      const place = document.getElementById(inside.getAttribute('href').slice(1));
+      if (!place) return;
+      place.setAttribute('tabindex', '-1');
+      place.focus({ preventScroll: true });
+      place.scrollIntoView();
+    }
     const copy = event.target.closest('.dl-copy');
     if (copy) {
       const answer = copy.closest('.message-content, .dl-answer')?.querySelector('.dl-words');

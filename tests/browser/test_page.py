@@ -402,6 +402,10 @@ def test_the_lab_in_a_hurry_by_keyboard_and_with_odd_pictures(visit, tiny_server
         page.get_by_role("option", name=name, exact=True).click()
     expect(page.locator(".dl-lab-table thead")).to_contain_text("Paper, SEED")
     expect(bench).to_have_value("SEED")
+    page.locator(".dl-lab-nav").get_by_role("link", name="how tokens are dealt out").click()
+    expect(page.locator("#dl-deal")).to_be_in_viewport()
+    expect(page).to_have_url(re.compile(f"x={EXAMPLE}.*t=lab$"))  # the page is the same still
+    page.get_by_role("tab", name="Lab").scroll_into_view_if_needed()
     page.get_by_role("button", name="Show on the image").click()
     expect(page.locator("#dl-lab-kept .js-plotly-plot")).to_have_count(1)
     tall, wide = tmp_path / "tall.png", tmp_path / "wide.png"
