@@ -148,10 +148,14 @@ def chat_with(desk: Desk, name: str, focus: Focus) -> tuple:
 
 def put_into_compare(desk: Desk, name: str, first: str, plan: str) -> tuple:
     """A model of the Lab, as trained, as the second column of Compare, beside the lab's reference unless it is that
-    itself or another model of the Lab is there. Returns (tabs, first model, first plan, second model, second plan)."""
+    itself or another model of the Lab is there; never beside itself, as trained. Returns (tabs, first model, first
+    plan, second model, second plan)."""
     reference = lab.shipped(desk, REFERENCE)
-    if reference not in ("", name) and not first.startswith(f"{EMBEDDED}/{LAB}"):
+    itself = first == name and not plan.strip()
+    if reference not in ("", name) and (itself or not first.startswith(f"{EMBEDDED}/{LAB}")):
         first, plan = desk.engine(reference).name, ""
+    elif itself:
+        first = desk.zoo.default
     return gr.Tabs(selected="compare"), first, plan, desk.engine(name).name, ""
 
 

@@ -21,7 +21,7 @@ from model.errors import UserError
 from model.images import Limits
 from model.loading import Zoo
 from model.plan import Plan
-from tests.app.given import HIRES, SETTINGS, TAPS, skipped
+from tests.app.given import HIRES, SETTINGS, SINGLE, TAPS, skipped
 from tests.browser.harness import free_port
 
 
@@ -124,6 +124,9 @@ def test_a_variant_stands_beside_the_reference_of_the_lab(desk, monkeypatch):
     assert page.put_into_compare(desk, TAPS, HIRES, "none")[1:] == (HIRES, "none", TAPS, "")  # never beside itself
     gate = ("embedded/lab-gate", "none")
     assert page.put_into_compare(desk, HIRES, *gate)[1:] == (*gate, HIRES, "")
+    assert page.put_into_compare(desk, TAPS, TAPS, "")[1:] == (HIRES, "", TAPS, "")  # put there a click ago
+    assert page.put_into_compare(desk, SINGLE, SINGLE, "")[1:] == (TAPS, "", SINGLE, "")
+    assert page.put_into_compare(desk, TAPS, TAPS, "none")[1:] == (TAPS, "none", TAPS, "")
 
 
 def test_the_address_follows_the_model_and_plan_of_now(desk, focus):
