@@ -524,9 +524,9 @@ def build(desk: Desk, *, tab, model, focus, dark, examples) -> tuple:
         "queue": False, "show_progress": "hidden",
     }  # fmt: skip
     percent.input(**marked, api_name="mark_budget", trigger_mode="always_last")  # a key press releases nothing
-    gr.on(
-        [show.click, ranking.input, percent.input], **keeping, api_name="keep", trigger_mode="always_last"
-    ).success(**unkeeping, api_name="kept")  # another image may have been chosen meanwhile
+    gr.on([show.click, ranking.input, percent.input], **keeping, api_name="keep", trigger_mode="always_last").success(
+        **unkeeping, api_name="kept"
+    )  # another image may have been chosen meanwhile
     start = "() => document.querySelector('#dl-lab-file').click()"
     button.click(
         bound(take, desk), [what, kind, *choices], [file], api_name="lab_download", show_progress="minimal",
