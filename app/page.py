@@ -114,7 +114,7 @@ def choose_image(desk: Desk, path: str, model: str, plan: str, session: Session,
     engine = desk.engine(model)
     focus = Focus(images=(desk.store.hold(known.visitor, held),), question=focus.question)
     desk.store.look(known.visitor, focus.images)
-    return kept, focus, views_value(engine, held), sees(held), address(desk, engine, desk.plan(plan, engine), focus)
+    return kept, focus, views_value(engine, held), sees(held), follow(desk, model, plan, focus)
 
 
 def choose_example(desk: Desk, name: str, model: str, plan: str, session: Session) -> tuple:
@@ -123,12 +123,11 @@ def choose_example(desk: Desk, name: str, model: str, plan: str, session: Sessio
     desk.store.look(session.visitor, focus.images)
     engine = desk.engine(model)
     held = desk.held(name)
-    return focus, views_value(engine, held), sees(held), address(desk, engine, desk.plan(plan, engine), focus)
+    return focus, views_value(engine, held), sees(held), follow(desk, model, plan, focus)
 
 
 def follow(desk: Desk, model: str, plan: str, focus: Focus):
-    """The address after an answer, of the model and plan that the page has by then; as it was under a plan that is
-    still being typed."""
+    """The address of what is in focus under the model and plan of now; as it was, while the plan's text is not one."""
     engine = desk.engine(model)
     try:
         return address(desk, engine, desk.plan(plan, engine), focus)

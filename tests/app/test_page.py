@@ -129,6 +129,16 @@ def test_a_variant_stands_beside_the_reference_of_the_lab(desk, monkeypatch):
     assert page.put_into_compare(desk, TAPS, TAPS, "none")[1:] == (TAPS, "none", TAPS, "")
 
 
+def test_a_plan_that_is_none_keeps_nobody_from_an_image(desk, session, tmp_path):
+    """Only the address needs it; an example clicked beside it was silently not taken."""
+    focus, _, note, link = page.choose_example(desk, "signs.png", HIRES, "base@0,0@99", session)
+    assert focus.example == "signs.png" and "576 × 576" in note and skipped(link)
+    path = tmp_path / "mine.png"
+    Image.new("RGB", (60, 40)).save(path)
+    _, focus, _, note, link = page.choose_image(desk, str(path), HIRES, "base@", session, focus)
+    assert "60 × 40" in note and skipped(link)
+
+
 def test_the_address_follows_the_model_and_plan_of_now(desk, focus):
     """Not those that an answer was begun under: they may have been changed while it was made."""
     assert page.follow(desk, TAPS, "base@0", focus).startswith("?m=embedded/taps&p=base@0&x=receipt.png&q=What")
