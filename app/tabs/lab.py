@@ -65,18 +65,22 @@ def results(
     percent: float = START_BUDGET,
 ) -> tuple:
     """All views of the results file: (head, body, setting, curves, table, variants, axes, acuity, budget, recall,
-    cost, what is said of the slider's budget, searches). percent: that budget, marked in its figure."""
+    cost, what is said of the slider's budget, searches). percent: that budget, marked in its figure. A choice that
+    there is not leaves all as it was, and is told in the head: this event is not queued, and gradio shows no error of
+    one that is not."""
     nothing = (gr.skip(), gr.skip(), "", None, None, None, None, None, None, "", "")
     try:
         runs, searches = lab.read(lab.RESULTS), lab.read_searches(lab.SEARCHES)
     except UserError as error:
-        said = f'<p class="dl-error" role="alert">{markup.escape(str(error))}</p>'
-        return said, gr.Column(visible=False), *nothing
+        return wrong(error), gr.Column(visible=False), *nothing
     if not runs:
         return empty(), gr.Column(visible=False), *nothing
-    found, offered = chosen(runs, setting, metric, bench)
-    if cost not in lab.COSTS:
-        raise UserError(f"There is no cost “{cost}”; choose one of {', '.join(lab.COSTS)}.")
+    try:
+        found, offered = chosen(runs, setting, metric, bench)
+        if cost not in lab.COSTS:
+            raise UserError(f"There is no cost “{cost}”; choose one of {', '.join(lab.COSTS)}.")
+    except UserError as error:
+        return wrong(error), *(gr.skip(),) * 12
     shown = shown_curves(found, curves)
     drawn = lab.curves(found, shown)
     full = drawable(found, drawn)
@@ -145,7 +149,10 @@ def mark(desk: Desk, percent: float, dark: bool, setting: str, metric: str, benc
     runs = lab.read(lab.RESULTS)
     if not runs:
         return None, ""
-    found, _ = chosen(runs, setting, metric, bench)
+    try:
+        found, _ = chosen(runs, setting, metric, bench)
+    except UserError as error:  # as in `results`
+        return gr.skip(), wrong(error)
     return budget_figure(found, percent, dark), at_budget(found, percent)
 
 
@@ -194,6 +201,11 @@ def chosen(runs: Sequence[Run], setting: str, metric: str, bench: str) -> tuple[
     if not summary.rows:
         raise UserError(f"No run of {here} has the metric “{metric}”; choose another.")
     return summary, list(found)
+
+
+def wrong(error: UserError) -> str:
+    """A mistake, in words."""
+    return f'<p class="dl-error" role="alert">{markup.escape(str(error))}</p>'
 
 
 def empty() -> str:

@@ -396,6 +396,14 @@ def test_the_lab_beside_the_paper_and_step_by_step(visit, tiny_server: Server) -
 def test_the_lab_in_a_hurry_by_keyboard_and_with_odd_pictures(visit, tiny_server: Server, tmp_path: Path) -> None:
     page = visit(url=tiny_server.url, path=f"/?x={EXAMPLE}&t=lab").page
     expect(page.locator("#dl-lab-variants .js-plotly-plot")).to_have_count(1)
+    runs = page.get_by_label("Runs", exact=True)
+    there = runs.input_value()
+    runs.fill("none of these")
+    page.keyboard.press("Enter")
+    expect(page.locator("#dl-lab-head [role=alert]")).to_contain_text("There are no runs of “none of these”")
+    runs.fill(there)
+    page.keyboard.press("Enter")
+    expect(page.locator("#dl-lab-head")).to_contain_text("agree with the paper in sign")
     bench = page.get_by_label("The paper's benchmark")
     for name in ("DocVQA", "GQA", "SEED"):  # faster than they are drawn
         bench.click()

@@ -107,9 +107,15 @@ def test_choices_change_what_is_shown(desk, results):
     assert wide[2].value == "9 steps on cpu" and wide[3].value == ["none"]
     assert "31.7 (-7.0)" in wide[4] and "90.0" in wide[4] and "time of a training step" in wide[10].to_json()
     assert wide[6] is not None and len(wide[7].data) == 1
-    for wrong in (("7 steps", *CHOICES[1:]), ("", "beauty", "AVG", "context", None), ("", "fine", "AVG", "luck", None)):
-        with pytest.raises(UserError, match="no runs of|no metric|no cost"):
-            lab.results(desk, False, *wrong)
+    for choices, words in (
+        (("7 steps", *CHOICES[1:]), "no runs of “7 steps”"),
+        (("", "beauty", "AVG", "context", None), "no metric “beauty”"),
+        (("", "fine", "AVG", "luck", None), "no cost “luck”"),
+    ):
+        told, *rest = lab.results(desk, False, *choices)
+        assert words in html.unescape(told) and all(skipped(value) for value in rest) and len(rest) == 12
+    figure, told = lab.mark(desk, 50, False, "7 steps", "fine", "AVG")
+    assert skipped(figure) and "no runs of “7 steps”" in html.unescape(told)
 
 
 def test_without_the_reference_nothing_is_compared(desk, results):
