@@ -349,6 +349,8 @@ def test_a_narrow_window_shows_everything_without_scrolling_sideways(visit, dark
         open_tab(page, name)
         page.locator(what).first.wait_for()
         assert visitor.overflow() == 0, name
+        cut = "cards => cards.filter(card => card.scrollWidth > card.clientWidth).length"
+        assert page.locator(".dl-subset").evaluate_all(cut) == 0, "the dots of all stacks"
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(255, 255, 255)") is not dark
 
