@@ -627,7 +627,8 @@ def lab_axes(found: Summary, dark: bool | None = None) -> go.Figure:
         places = [*(value for value, _ in points), *of.paper]
         title = f"{of.title.lower()} ({of.unit})"
         edge = max(0.4, 0.03 * (max(places) - min(places)))
-        fig.update_xaxes(title_text=title, range=[min(places) - edge, max(places) + edge], row=at, col=1)
+        fig.update_xaxes(title_text=title, title_font_size=12, row=at, col=1)  # the longest fits a narrow window
+        fig.update_xaxes(range=[min(places) - edge, max(places) + edge], row=at, col=1)
         fig.update_yaxes(title_text="ours, %", range=[low, high], row=at, col=1)
         fig.update_yaxes(
             title_text=f"paper's {found.bench}", range=list(theirs), showgrid=False, row=at, col=1, secondary_y=True
@@ -669,6 +670,7 @@ def lab_budget(found: Summary, dark: bool | None = None, at_share: float | None 
             x=100 * at_share,
             line={"color": muted, "width": 1, "dash": "dot"},
             annotation={"text": "the slider below", "font": {"color": muted}, "yanchor": "bottom"},
+            annotation_position=f"bottom {'left' if at_share > 0.5 else 'right'}",  # above, it would lie on the heading
         )
     fig.update_xaxes(title_text="stack rows that enter, %", range=[-3, 103])
     fig.update_yaxes(title_text="ours, %", range=list(marks.around(ends)))

@@ -144,12 +144,20 @@ def example_of(desk: Desk, images: Sequence[str]) -> str:
 
 
 def refocused(desk: Desk, focus: Focus, record: str, asked: Asked) -> Focus:
-    """The focus on a new answer; an example's right answer is known for its own question."""
-    example = example_of(desk, asked.images)
-    found = focus.on(record, asked.question, asked.images, example)
+    """The focus on a new answer; an example's right answer is known for its own question. The images stay where the
+    answer is one of a conversation about them."""
+    images = asked.images or focus.images
+    example = example_of(desk, images)
+    found = focus.on(record, asked.question, images, example)
     if example and asked.question.lower() == desk.examples[example].question.lower():
         found = replace(found, truth=desk.examples[example].answer)
     return found
+
+
+def turned(desk: Desk, session: Session, since: Focus, focus: Focus) -> bool:
+    """Whether the page may turn to the focus of an answer that was begun with the focus `since`: not where its visitor
+    has chosen another image while it was made."""
+    return desk.store.turn(session.visitor, since.images, focus.images)
 
 
 def address(desk: Desk, engine: Engine, plan: Plan, focus: Focus) -> str:

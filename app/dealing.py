@@ -54,7 +54,11 @@ def deal_value(engine: Engine, held: Held | None) -> dict | None:
     seen = image.resize((columns * tile, rows * tile), Image.Resampling.BICUBIC)
     shape, sets = (rows * side, columns * side), rows * columns
     layers = [settings["start"] + k * settings["interval"] for k in range(sets)]
-    note = "" if own else "This model cuts no image into samples: shown is what the paper's settings would do. "
+    stacked = settings["merge"] == "stack" and len(engine.layout.sources) > 1
+    note = f"This model was trained with {WORDS[settings['sampling']][0]}. "
+    if not (own and stacked):
+        lacks = "stacks no samples onto its language model" if own else "cuts no image into samples"
+        note = f"This model {lacks}: shown is what the paper's settings would do. "
     return {
         "model": engine.name,
         "name": held.name,

@@ -113,15 +113,26 @@ def choose_image(desk: Desk, path: str, model: str, plan: str, session: Session,
     held = Held(image, os.path.basename(path), notes)
     engine = desk.engine(model)
     focus = Focus(images=(desk.store.hold(known.visitor, held),), question=focus.question)
-    return kept, focus, views_value(engine, held), sees(held), address(desk, engine, desk.plan(plan, engine), focus)
+    desk.store.look(known.visitor, focus.images)
+    return kept, focus, views_value(engine, held), sees(held), follow(desk, model, plan, focus)
 
 
-def choose_example(desk: Desk, name: str, model: str, plan: str) -> tuple:
+def choose_example(desk: Desk, name: str, model: str, plan: str, session: Session) -> tuple:
     """An example comes into focus, with its question. Returns (focus, views, note, link)."""
     focus = focused(desk, name)
+    desk.store.look(session.visitor, focus.images)
     engine = desk.engine(model)
     held = desk.held(name)
-    return focus, views_value(engine, held), sees(held), address(desk, engine, desk.plan(plan, engine), focus)
+    return focus, views_value(engine, held), sees(held), follow(desk, model, plan, focus)
+
+
+def follow(desk: Desk, model: str, plan: str, focus: Focus):
+    """The address of what is in focus under the model and plan of now; as it was, while the plan's text is not one."""
+    engine = desk.engine(model)
+    try:
+        return address(desk, engine, desk.plan(plan, engine), focus)
+    except UserError:
+        return gr.skip()
 
 
 def in_memory(desk: Desk, model: str) -> str:
@@ -136,10 +147,14 @@ def chat_with(desk: Desk, name: str, focus: Focus) -> tuple:
 
 def put_into_compare(desk: Desk, name: str, first: str, plan: str) -> tuple:
     """A model of the Lab, as trained, as the second column of Compare, beside the lab's reference unless it is that
-    itself or another model of the Lab is there. Returns (tabs, first model, first plan, second model, second plan)."""
+    itself or another model of the Lab is there; never beside itself, as trained. Returns (tabs, first model, first
+    plan, second model, second plan)."""
     reference = lab.shipped(desk, REFERENCE)
-    if reference not in ("", name) and not first.startswith(f"{EMBEDDED}/{LAB}"):
+    itself = first == name and not plan.strip()
+    if reference not in ("", name) and (itself or not first.startswith(f"{EMBEDDED}/{LAB}")):
         first, plan = desk.engine(reference).name, ""
+    elif itself:
+        first = desk.zoo.default
     return gr.Tabs(selected="compare"), first, plan, desk.engine(name).name, ""
 
 
@@ -196,9 +211,10 @@ def build(zoo: Zoo, limits: Limits | None = None) -> gr.Blocks:
             with gr.Column(elem_id="dl-side", min_width=0), gr.Tabs(elem_id="dl-tabs") as tabs:
                 cards, codes = (functools.partial(_example_cards, desk, first) for first in ("", "lab"))
                 shared = {"session": session, "focus": focus}
+                linked = {"fn": bound(follow, desk), "inputs": [model, plan, focus], "outputs": [link], **quiet}
                 with gr.Tab("Chat", id="chat"):
                     talk = chat.build(
-                        desk, model=model, plan=plan, views=views, note=note, link=link, examples=cards,
+                        desk, model=model, plan=plan, views=views, note=note, linked=linked, examples=cards,
                         picked=picked, **shared,
                     )  # fmt: skip
                 with gr.Tab("Layers", id="layers") as tab:
@@ -217,6 +233,7 @@ def build(zoo: Zoo, limits: Limits | None = None) -> gr.Blocks:
                         plan=plan,
                         settings=talk.settings,
                         bars=bars,
+                        linked=linked,
                         examples=cards,
                         **shared,
                     )
@@ -230,7 +247,7 @@ def build(zoo: Zoo, limits: Limits | None = None) -> gr.Blocks:
         demo.load(None, None, [dark], js="() => document.body.classList.contains('dark')", api_name="is_dark")
         model.input(
             bound(choose_model, desk), [model, focus], [plan, picture, views, pills, note, talk.remember, link],
-            api_name="choose_model", show_progress="full", show_progress_on=[picture],
+            api_name="choose_model", show_progress="full", show_progress_on=[picture], trigger_mode="always_last",
         ).failure(None, None, [model], js="() => lens.model", api_name="keep_model")  # fmt: skip
         planned = ([plan, model, focus], [plan, picture, note, link])
         picture.plan(
@@ -243,23 +260,24 @@ def build(zoo: Zoo, limits: Limits | None = None) -> gr.Blocks:
             bound(choose_image, desk), [upload, model, plan, session, focus], [session, focus, views, note, link],
             api_name="choose_image", show_progress="hidden",
         ).success(*fill, js="(...values) => (lens.emit('image'), values)", api_name="fill_image", **quiet)  # fmt: skip
-        pick = (bound(choose_example, desk), [picked, model, plan], [focus, views, note, link])
-        js = "(name, ...rest) => [lens.picked, ...rest]"
-        compare_cards.pick(*pick, js=js, api_name="compare_example", **quiet).success(
+        pick = (bound(choose_example, desk), [picked, model, plan, session], [focus, views, note, link])
+        newest = {"js": "(name, ...rest) => [lens.picked, ...rest]", "trigger_mode": "always_last"}
+        compare_cards.pick(*pick, api_name="compare_example", **newest, **quiet).success(
             *fill, api_name="fill_example", **quiet
         )
-        lab_cards.pick(*pick, js=js, api_name="lab_example", **quiet)
+        lab_cards.pick(*pick, api_name="lab_example", **newest, **quiet)
         lab_table.chat(
             bound(chat_with, desk), [picked, focus],
             [model, tabs, plan, picture, views, pills, note, talk.remember, link],
-            js="(name, ...rest) => [lens.picked, ...rest]", api_name="lab_chat", show_progress="minimal",
+            api_name="lab_chat", show_progress="minimal", **newest,
         )  # fmt: skip
         lab_table.compare(
             bound(put_into_compare, desk), [picked, *columns[:2]], [tabs, *columns],
-            js="(name, ...rest) => [lens.picked, ...rest]",
-            api_name="lab_compare", show_progress="minimal",
+            api_name="lab_compare", show_progress="minimal", **newest,
         )  # opening the tab fills in the question  # fmt: skip
-        live_cards.pick(*pick, js=js, api_name="live_example", **quiet).success(**live, api_name="live_example_answer")
+        live_cards.pick(*pick, api_name="live_example", **newest, **quiet).success(
+            **live, api_name="live_example_answer"
+        )
     demo.queue(max_size=WAITING, default_concurrency_limit=8)
     return demo
 

@@ -148,6 +148,7 @@ class Store:
         self._images: OrderedDict[str, tuple[str, Held]] = OrderedDict()  # id -> (visitor, image)
         self._records: OrderedDict[str, tuple[str, Record]] = OrderedDict()
         self._stops: dict[tuple[str, str], threading.Event] = {}  # (visitor, place) -> ends what runs there
+        self._looks: dict[str, tuple[str, ...]] = {}  # visitor -> ids of the images looked at now
         self._lock = threading.Lock()
 
     def hold(self, visitor: str, held: Held) -> str:
@@ -167,6 +168,26 @@ class Store:
                 raise UserError("This image is no longer held here; upload it again.")
             self._images.move_to_end(key)
             return self._images[key][1]
+
+    def look(self, visitor: str, images: tuple[str, ...]) -> None:
+        """What this visitor has just chosen to look at."""
+        if visitor:
+            with self._lock:
+                self._looks[visitor] = images
+
+    def looks(self, visitor: str, *images: tuple[str, ...]) -> bool:
+        """Whether the visitor looks at one of these, as far as is known, and has not chosen others meanwhile."""
+        with self._lock:
+            return self._looks.get(visitor, images[0]) in images
+
+    def turn(self, visitor: str, since: tuple[str, ...], images: tuple[str, ...]) -> bool:
+        """Turns to the images of an answer; False where others than those it began with have been chosen meanwhile:
+        they stay."""
+        with self._lock:
+            if self._looks.get(visitor, since) not in (since, images):
+                return False
+            self._looks[visitor] = images
+            return True
 
     def keep(self, visitor: str, record: Record) -> str:
         """Keeps an answer and returns its id."""
@@ -220,6 +241,7 @@ class Store:
                     del items[key]
             for key in [key for key in self._stops if key[0] == session.visitor]:
                 self._stops.pop(key).set()
+            self._looks.pop(session.visitor, None)
 
     def __len__(self) -> int:
         return len(self._images) + len(self._records)

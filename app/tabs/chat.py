@@ -15,7 +15,7 @@ from gradio import processing_utils
 from gradio.utils import get_upload_folder
 
 from app import asking, markup
-from app.asking import Asked, address
+from app.asking import Asked
 from app.desk import Desk
 from app.picture import sees, views_value
 from app.session import Focus, Held, Session, Turn, new_images
@@ -46,7 +46,7 @@ def ask(
     focus: Focus,
     progress=gr.Progress(),  # noqa: B008
 ) -> Iterator[tuple]:
-    """Answers what is in the message box. Yields (box, chat, session, focus, views, note, address)."""
+    """Answers what is in the message box. Yields (box, chat, session, focus, views, note)."""
     session = session.known()
     settings = asking.sampling(desk, max_new_tokens, temperature, top_p, top_k, seed)
     message = message or {}
@@ -117,7 +117,7 @@ def resume(
         )
         yield from _answer(desk, asked, session.known(), focus)
     else:
-        yield (gr.skip(),) * 7
+        yield (gr.skip(),) * 6
 
 
 def asked_before(desk: Desk, *values) -> bool:
@@ -165,9 +165,13 @@ def edit(
     yield from _ask_turn(desk, session, focus, index, str(event.value), model, plan, settings, remember)
 
 
-def clear(desk: Desk, session: Session) -> tuple[list, Session]:
-    """An empty conversation. The image, the plan and the last answer stay in focus."""
-    return [], replace(session.known(), turns=())
+def clear(desk: Desk, session: Session) -> tuple:
+    """An empty conversation; an answer that runs or waits is given up. The image, the plan and the last answer stay in
+    focus. Returns (chat, session, box)."""
+    session = replace(session.known(), turns=())
+    end(desk, session, "chat")
+    desk.store.start(session.visitor, "chat")  # what still runs is no longer the newest, and writes nothing
+    return [], session, idle_box()
 
 
 def stop(desk: Desk, session: Session) -> None:
@@ -196,6 +200,7 @@ def _answer(desk: Desk, asked: Asked, session: Session, focus: Focus) -> Iterato
     stopper = desk.store.start(session.visitor, "chat")
     shown = asked.images or focus.images
     held = desk.held(shown[0]) if shown else None
+    here = desk.store.looks(session.visitor, focus.images, shown)  # else another was chosen while this waited in line
     turn = Turn(asked.question, asked.images)
     now = session.answered(turn)
     yield (
@@ -203,31 +208,29 @@ def _answer(desk: Desk, asked: Asked, session: Session, focus: Focus) -> Iterato
         bubbles(desk, now, "…"),
         now,
         gr.skip(),
-        views_value(asked.engine, held),
-        sees(held),
-        gr.skip(),
+        views_value(asked.engine, held) if here else gr.skip(),
+        sees(held) if here else gr.skip(),
     )
     try:
         for answer, done in asking.stream(asked, stopper):
             if not desk.store.newest(session.visitor, "chat", stopper):  # a later question has taken over
-                yield (gr.skip(),) * 7
+                yield (gr.skip(),) * 6
                 return
             if not done:
-                yield gr.skip(), bubbles(desk, now, markup.word_spans(answer.tokens)), *[gr.skip()] * 5
+                yield gr.skip(), bubbles(desk, now, markup.word_spans(answer.tokens)), *[gr.skip()] * 4
     except Exception:
-        yield idle_box(), bubbles(desk, now), *[gr.skip()] * 5
+        yield idle_box(), bubbles(desk, now), *[gr.skip()] * 4
         raise
     record = asking.keep(desk, session, asked, answer)
-    focus = asking.refocused(desk, focus, record, asked if asked.images else replace(asked, images=focus.images))
+    found = asking.refocused(desk, focus, record, asked)
     session = session.answered(replace(turn, record=record))
     yield (
         idle_box(),
         bubbles(desk, session),
         session,
-        focus,
+        found if asking.turned(desk, session, focus, found) else gr.skip(),
         gr.skip(),
         gr.skip(),
-        address(desk, asked.engine, asked.plan, focus),
     )
 
 
@@ -310,8 +313,8 @@ class Chat:
     resume: dict  # how to ask what the address asked
 
 
-def build(desk: Desk, *, model, plan, session, focus, views, note, link, examples, picked) -> Chat:
-    """Draws the tab and wires it. The arguments are the page's own components."""
+def build(desk: Desk, *, model, plan, session, focus, views, note, linked, examples, picked) -> Chat:
+    """Draws the tab and wires it. The arguments are the page's own components; `linked`: how the address follows."""
     chat = gr.Chatbot(
         elem_id="dl-chat",
         show_label=False,
@@ -351,7 +354,7 @@ def build(desk: Desk, *, model, plan, session, focus, views, note, link, example
                 value=False, label="Send earlier turns along", info="The embedded models learned single questions"
             )
     settings = [tokens, temperature, top_p, top_k, seed]
-    shown = [box, chat, session, focus, views, note, link]
+    shown = [box, chat, session, focus, views, note]
 
     def turn(fn, name: str, when=None) -> dict:
         return {
@@ -361,14 +364,18 @@ def build(desk: Desk, *, model, plan, session, focus, views, note, link, example
         }
 
     inputs = [model, plan, *settings, remember, session, focus]
-    box.submit(inputs=[box, *inputs], **turn(ask, "ask"))
-    cards.pick(
-        inputs=[picked, model, plan, *settings, session, focus], js="(name, ...rest) => [lens.picked, ...rest]",
-        **turn(ask_example, "ask_example"),
-    )  # fmt: skip
-    chat.retry(inputs=inputs, **turn(retry, "retry"))
-    chat.edit(inputs=inputs, **turn(edit, "edit"))
-    chat.clear(bound(clear, desk), [session], [chat, session], api_name="clear", queue=False)
+    events = [
+        box.submit(inputs=[box, *inputs], **turn(ask, "ask")),
+        cards.pick(
+            inputs=[picked, model, plan, *settings, session, focus], js="(name, ...rest) => [lens.picked, ...rest]",
+            trigger_mode="multiple", **turn(ask_example, "ask_example"),  # another example ends the answer before it
+        ),
+        chat.retry(inputs=inputs, **turn(retry, "retry")),
+        chat.edit(inputs=inputs, **turn(edit, "edit")),
+    ]  # fmt: skip
+    for event, name in zip(events, ("ask", "ask_example", "retry", "edit"), strict=True):
+        event.success(**linked, api_name=f"{name}_address")
+    chat.clear(bound(clear, desk), [session], [chat, session, box], api_name="clear", queue=False)
     box.stop(bound(stop, desk), [session], None, api_name="stop", queue=False)
     again = {"inputs": [model, plan, *settings, session, focus], **turn(resume, "resume", asked_before)}
     return Chat(box, remember, settings, again)

@@ -87,12 +87,13 @@ def run(
     yield kept, *shown, *unused, pairs(asked, answers)
 
 
-def opened(desk: Desk, question: str, truth: str, filled: str, focus: Focus) -> tuple:
-    """The current question and its truth, if they are new. Returns (question, truth, filled, image)."""
-    image = thumbnail(desk, focus)
-    if filled == focus.question:
-        return question, truth, filled, image
-    return focus.question, focus.truth, focus.question, image
+def opened(desk: Desk, question: str, truth: str, filled: tuple, focus: Focus) -> tuple:
+    """The current question, if it is new, and the truth, if question or image are: what is true of one image is not of
+    another. `filled`: question and images of the last time. Returns (question, truth, filled, image)."""
+    now = (focus.question, focus.images)
+    if filled != now:
+        question, truth = question if filled[0] == focus.question else focus.question, focus.truth
+    return question, truth, now, thumbnail(desk, focus)
 
 
 def show_columns(columns: float) -> tuple:
@@ -251,7 +252,7 @@ def thumbnail(desk: Desk, focus: Focus) -> str:
 def build(desk: Desk, *, tab, settings, session, focus, examples, loaded) -> tuple:
     """Draws the tab and wires it. Returns (the example cards, what fills in the current question, models and plans
     of the first two columns)."""
-    filled = gr.State("")
+    filled = gr.State(("", ()))
     with gr.Row(elem_classes=["dl-top"]):
         image = gr.HTML(thumbnail(desk, Focus()), apply_default_css=False, elem_id="dl-compare-image")
         with gr.Column(min_width=200, elem_id="dl-compare-question"):

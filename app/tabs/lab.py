@@ -65,18 +65,22 @@ def results(
     percent: float = START_BUDGET,
 ) -> tuple:
     """All views of the results file: (head, body, setting, curves, table, variants, axes, acuity, budget, recall,
-    cost, what is said of the slider's budget, searches). percent: that budget, marked in its figure."""
+    cost, what is said of the slider's budget, searches). percent: that budget, marked in its figure. A choice that
+    there is not leaves all as it was, and is told in the head: this event is not queued, and gradio shows no error of
+    one that is not."""
     nothing = (gr.skip(), gr.skip(), "", None, None, None, None, None, None, "", "")
     try:
         runs, searches = lab.read(lab.RESULTS), lab.read_searches(lab.SEARCHES)
     except UserError as error:
-        said = f'<p class="dl-error" role="alert">{markup.escape(str(error))}</p>'
-        return said, gr.Column(visible=False), *nothing
+        return wrong(error), gr.Column(visible=False), *nothing
     if not runs:
         return empty(), gr.Column(visible=False), *nothing
-    found, offered = chosen(runs, setting, metric, bench)
-    if cost not in lab.COSTS:
-        raise UserError(f"There is no cost “{cost}”; choose one of {', '.join(lab.COSTS)}.")
+    try:
+        found, offered = chosen(runs, setting, metric, bench)
+        if cost not in lab.COSTS:
+            raise UserError(f"There is no cost “{cost}”; choose one of {', '.join(lab.COSTS)}.")
+    except UserError as error:
+        return wrong(error), *(gr.skip(),) * 12
     shown = shown_curves(found, curves)
     drawn = lab.curves(found, shown)
     full = drawable(found, drawn)
@@ -103,12 +107,14 @@ def deal(desk: Desk, model: str, focus: Focus) -> dict | None:
 
 
 def keep(desk: Desk, ranking: str, percent: float, dark: bool, model: str, focus: Focus) -> tuple:
-    """What a budget would keep of the image in focus: (what is missing in words, the map over the image)."""
+    """What a budget would keep of the image in focus: (what is missing in words, the map over the image, what both
+    are of)."""
     if ranking not in budget.RANKINGS or not 0 < percent <= 100:
         raise UserError(f"A budget is ranked {' or '.join(budget.RANKINGS)}, above 0 to 100 %, not {percent:g} %.")
     engine = desk.engine(model)
     plan, names = engine.layout.default, [source.name for source in engine.layout.sources]
     stacks = [names.index(source) for source in plan.sources() if source != BASE and source in names]
+    of = (engine.name, focus.images, focus.question if ranking == "question" else "")
     lacks = ""
     if not focus.images:
         lacks = "No image yet: upload one, or pick an example."
@@ -117,7 +123,7 @@ def keep(desk: Desk, ranking: str, percent: float, dark: bool, model: str, focus
     elif ranking == "question" and not focus.question.strip():
         lacks = "No question yet: ask one in Chat, or pick an example."
     if lacks:
-        return f'<p class="dl-note">{markup.escape(lacks)}</p>', None
+        return f'<p class="dl-note">{markup.escape(lacks)}</p>', None, of
     prompt = engine.prompt([asking.user_message(desk, focus.images[:1], focus.question.strip() or "?")])
     if ranking == "norm":
         relevance = budget.by_norm(engine.features(prompt)[stacks].float().cpu().numpy())
@@ -128,7 +134,14 @@ def keep(desk: Desk, ranking: str, percent: float, dark: bool, model: str, focus
         relevance = budget.by_question(engine.replay(prompt, answer, plan, Probe(attention=(wish,))), layer)
     counts = budget.kept(relevance, len(stacks), percent / 100)
     shown = budget.kept_map(counts, len(stacks), prompt.grids[0])
-    return "", figures.image_map(shown, prompt.picture(0), dark=dark)
+    return "", figures.image_map(shown, prompt.picture(0), dark=dark), of
+
+
+def unkeep(desk: Desk, of: tuple, model: str, focus: Focus) -> tuple:
+    """Takes away what `keep` has shown of another image, question or model. Returns what it returns."""
+    if not of or (of[:2] == (model, focus.images) and of[2] in ("", focus.question)):
+        return (gr.skip(),) * 3
+    return "", None, ()
 
 
 def mark(desk: Desk, percent: float, dark: bool, setting: str, metric: str, bench: str) -> tuple:
@@ -136,7 +149,10 @@ def mark(desk: Desk, percent: float, dark: bool, setting: str, metric: str, benc
     runs = lab.read(lab.RESULTS)
     if not runs:
         return None, ""
-    found, _ = chosen(runs, setting, metric, bench)
+    try:
+        found, _ = chosen(runs, setting, metric, bench)
+    except UserError as error:  # as in `results`
+        return gr.skip(), wrong(error)
     return budget_figure(found, percent, dark), at_budget(found, percent)
 
 
@@ -185,6 +201,11 @@ def chosen(runs: Sequence[Run], setting: str, metric: str, bench: str) -> tuple[
     if not summary.rows:
         raise UserError(f"No run of {here} has the metric “{metric}”; choose another.")
     return summary, list(found)
+
+
+def wrong(error: UserError) -> str:
+    """A mistake, in words."""
+    return f'<p class="dl-error" role="alert">{markup.escape(str(error))}</p>'
 
 
 def empty() -> str:
@@ -480,6 +501,7 @@ def build(desk: Desk, *, tab, model, focus, dark, examples) -> tuple:
         line = line_of()
         lacks = gr.HTML("", apply_default_css=False)
         kept = gr.Plot(show_label=False, container=False, elem_id="dl-lab-kept")
+        of = gr.State(())
         gr.HTML(markup.say("kept"), apply_default_css=False)
     cards = examples()
 
@@ -489,26 +511,32 @@ def build(desk: Desk, *, tab, model, focus, dark, examples) -> tuple:
         "fn": bound(results, desk), "inputs": [dark, *choices, percent], "outputs": views, "queue": False,
         "show_progress": "minimal", "show_progress_on": [status],
     }  # fmt: skip
-    tab.select(**shown, api_name="open_lab")
-    for each, name in zip(choices, ("setting", "metric", "bench", "cost", "curves"), strict=True):
-        each.input(**shown, api_name=f"lab_{name}")
+    # One event for all: two choices made while the first is being drawn end in one more drawing, of both.
+    gr.on([tab.select, *(each.input for each in choices)], **shown, api_name="lab_results", trigger_mode="always_last")
     dealing_out = {
         "fn": bound(deal, desk), "inputs": [model, focus], "outputs": [picture], "queue": False,
         "show_progress": "hidden",
     }  # fmt: skip
+    unkeeping = {
+        "fn": bound(unkeep, desk), "inputs": [of, model, focus], "outputs": [lacks, kept, of], "queue": False,
+        "show_progress": "hidden",
+    }  # fmt: skip
     tab.select(**dealing_out, api_name="open_deal")
-    picture.views(**dealing_out, api_name="deal")
+    tab.select(**unkeeping, api_name="open_kept")
+    picture.views(**dealing_out, api_name="deal", trigger_mode="always_last")
+    picture.views(**unkeeping, api_name="unkeep", trigger_mode="always_last")
     keeping = {
-        **in_turn(keep, desk, [lacks, kept], line), "inputs": [ranking, percent, dark, model, focus],
+        **in_turn(keep, desk, [lacks, kept, of], line), "inputs": [ranking, percent, dark, model, focus],
         "show_progress": "minimal", "show_progress_on": [kept],
     }  # fmt: skip
     marked = {
         "fn": bound(mark, desk), "inputs": [percent, dark, setting, metric, bench], "outputs": [budgets, told],
         "queue": False, "show_progress": "hidden",
     }  # fmt: skip
-    percent.release(**marked, api_name="mark_budget")
-    for event, name in ((show.click, "keep"), (ranking.input, "keep_ranking"), (percent.release, "keep_share")):
-        event(**keeping, api_name=name)
+    percent.input(**marked, api_name="mark_budget", trigger_mode="always_last")  # a key press releases nothing
+    gr.on([show.click, ranking.input, percent.input], **keeping, api_name="keep", trigger_mode="always_last").success(
+        **unkeeping, api_name="kept"
+    )  # another image may have been chosen meanwhile
     start = "() => document.querySelector('#dl-lab-file').click()"
     button.click(
         bound(take, desk), [what, kind, *choices], [file], api_name="lab_download", show_progress="minimal",

@@ -84,8 +84,9 @@ def answer_again(desk: Desk, dark: bool, plan: str, model: str, session: Session
     known, kept = introduced(session)
     asked = asking.again(desk, record, model=model, plan=plan)
     answer = asked.engine.answer(asked.prompt, asked.plan, asked.sampling)
-    focus = asking.refocused(desk, focus, asking.keep(desk, known, asked, answer), asked)
-    return kept, focus, *look(desk, dark, plan, model, "", focus)
+    found = asking.refocused(desk, focus, asking.keep(desk, known, asked, answer), asked)
+    turned = asking.turned(desk, known, focus, found)
+    return kept, found if turned else gr.skip(), *look(desk, dark, plan, model, "", found)
 
 
 def heads(desk: Desk, layer: float, focus: Focus) -> dict:

@@ -62,7 +62,7 @@ def live(
     stopper = desk.store.start(known.visitor, "stacks")
     newest = functools.partial(desk.store.newest, known.visitor, "stacks", stopper)
     if record is not None and _unchanged(record, asked):
-        key, now = focus.record, record  # nothing has changed: what is there is drawn again
+        now, turned = record, False  # nothing has changed: what is there is drawn again
     else:
         for answer, done in asking.stream(asked, stopper):
             if not newest():  # a later change of the picture has taken over
@@ -71,12 +71,13 @@ def live(
             if not done:
                 yield question, *[gr.skip()] * 2, growing(asked, answer), *[gr.skip()] * 3
         key = asking.keep(desk, known, asked, answer)
-        focus = asking.refocused(desk, focus, key, asked)
+        since, focus = focus, asking.refocused(desk, focus, key, asked)
+        turned = asking.turned(desk, known, since, focus)
         now = desk.store.record(key)
     before = desk.store.record(focus.before)
     card = answer_card(asked.engine, now, before, focus.truth)
     busy = (gr.skip(), gr.skip()) if before is not None or len(asked.plan.sources()) < 2 else (BUSY, "")
-    yield question, kept, focus, card, *busy, gr.skip()
+    yield question, kept, focus if turned else gr.skip(), card, *busy, gr.skip()
     effect = now.once("effect", lambda: asked.engine.image_effect(asked.prompt, now.answer, asked.plan))
     sources = tuple(source.name for source in asked.engine.layout.sources_for(asked.plan))
     felt = effects(norms.Effect(asked.plan, sources, effect))
@@ -203,8 +204,9 @@ def shares(run: subsets.SubsetRun) -> str:
 # ---- layout and wiring
 
 
-def build(desk: Desk, *, tab, picture, model, plan, settings, session, focus, bars, examples) -> tuple:
-    """Draws the tab and wires it. Returns (the example cards, how an event asks the question in focus)."""
+def build(desk: Desk, *, tab, picture, model, plan, settings, session, focus, bars, linked, examples) -> tuple:
+    """Draws the tab and wires it. `linked`: how the address follows a question. Returns (the example cards, how an
+    event asks the question in focus)."""
     with gr.Row(elem_classes=["dl-ask-row"]):
         question = gr.Textbox(
             show_label=False, placeholder="The question; Enter asks it again", elem_id="dl-live-question",
@@ -228,7 +230,8 @@ def build(desk: Desk, *, tab, picture, model, plan, settings, session, focus, ba
         **again, api_name="live", js="(question, plan, ...rest) => [question, lens.plan, ...rest]",
         trigger_mode="multiple",
     )  # fmt: skip
-    question.submit(**again, api_name="ask_live", trigger_mode="multiple")
+    asked = question.submit(**again, api_name="ask_live", trigger_mode="multiple")
+    asked.success(**linked, api_name="ask_live_address")
     tab.select(**again, **fresh, api_name="open_stacks", trigger_mode="multiple")
     halt.click(bound(stop, desk), [session], None, api_name="stop_live", queue=False)
     return cards, {**again, **fresh}

@@ -89,9 +89,13 @@
     const layerOf = (k) => (data.layers[k] < data.depth ? `before layer ${data.layers[k]}` : 'nowhere: the model has no such layer');
 
     /* ---- the high-resolution view: dealt tokens in their stack's colour, the place's own outlined */
-    function frame(rows, columns, ratio, label, more) {
+    function frame(rows, columns, label, more) {
+      const ratio = lens.ratio(data.size);
       const H = W * ratio;
-      const canvas = svg('svg', { viewBox: `0 0 ${W} ${H}`, class: 'dl-deal-map', role: 'img', 'aria-label': label, ...more });
+      const canvas = svg('svg', {
+        viewBox: `0 0 ${W} ${H}`, class: 'dl-deal-map', role: 'img', 'aria-label': label,
+        style: `max-width: min(100%, ${Math.round(420 / ratio)}px)`, ...more,
+      });
       canvas.append(svg('image', { href: data.src, width: W, height: H, preserveAspectRatio: 'none' }));
       return { canvas, H, w: W / columns, h: H / rows };
     }
@@ -103,7 +107,7 @@
     }
     function tokens() {
       const [rows, columns] = data.grid;
-      const { canvas, H, w, h } = frame(rows, columns, data.size[1] / data.size[0], `High-resolution view, ${rows} by ${columns} tokens, those of ${view.step} sets coloured`);
+      const { canvas, H, w, h } = frame(rows, columns, `High-resolution view, ${rows} by ${columns} tokens, those of ${view.step} sets coloured`);
       sets().slice(0, view.step).forEach((set, k) => {
         const d = set.map((i) => `M${(i % columns) * w},${Math.floor(i / columns) * h}h${w}v${h}h${-w}z`).join('');
         canvas.append(svg('path', { d, fill: colour(k), class: 'dl-deal-cells', 'data-set': k, 'fill-opacity': k === view.step - 1 ? 0.72 : 0.38 }));
@@ -126,7 +130,7 @@
     /* ---- the image's places in the sequence: a stripe per set that has arrived */
     function places() {
       const [rows, columns] = data.places;
-      const { canvas, H, w, h } = frame(rows, columns, data.size[1] / data.size[0],
+      const { canvas, H, w, h } = frame(rows, columns,
         `Image rows of the language model, ${rows} by ${columns} places. Arrow keys choose a place.`,
         { tabindex: 0, class: 'dl-deal-map dl-deal-places' });
       const across = Math.ceil(Math.sqrt(sets().length));

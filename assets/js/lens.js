@@ -23,6 +23,10 @@
   lens.html = (tag, attributes, children) => make((t) => document.createElement(t), tag, attributes, children);
   lens.svg = (tag, attributes, children) => make((t) => document.createElementNS(SVG, t), tag, attributes, children);
 
+  /* Height by width of an image of this size where it is drawn: of one much longer than wide, or wider than high, less,
+     so that its tokens can be told apart. */
+  lens.ratio = ([width, height]) => Math.min(5, Math.max(0.2, height / width));
+
   lens.colour = (source) => `var(--source-${source})`;
   lens.percent = (p) => (p >= 0.995 && p < 1 ? '99+ %' : p < 0.005 && p > 0 ? '<1 %' : `${Math.round(p * 100)} %`);
 
@@ -118,6 +122,16 @@
 
   /* ---- small things that every click may mean */
   document.addEventListener('click', (event) => {
+    /* Gradio gives the page a base address without its query: followed, a link to a place on it would load it anew. */
+    const inside = event.target.closest('.gradio-container a[href^="#"]');
+    if (inside) {
+      event.preventDefault();
+      const place = document.getElementById(inside.getAttribute('href').slice(1));
+      if (!place) return;
+      place.setAttribute('tabindex', '-1');
+      place.focus({ preventScroll: true });
+      place.scrollIntoView();
+    }
     const copy = event.target.closest('.dl-copy');
     if (copy) {
       const answer = copy.closest('.message-content, .dl-answer')?.querySelector('.dl-words');

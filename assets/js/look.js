@@ -345,12 +345,13 @@
       const { src, size, grid } = image();
       const [rows, columns] = grid;
       const W = 320;
-      const H = (W * size[1]) / size[0];
+      const ratio = lens.ratio(size);
+      const H = W * ratio;
       const w = W / columns;
       const h = H / rows;
       const canvas = svg('svg', {
         viewBox: `0 0 ${W} ${H}`, class: 'dl-map', tabindex: 0, role: 'img',
-        style: `max-width: min(100%, ${Math.round(Math.min(520, (520 * size[0]) / size[1]))}px)`,
+        style: `max-width: min(100%, ${Math.round(Math.min(520, 520 / ratio))}px)`,
         'aria-label': `${title || 'Attention'} on the image, ${rows} × ${columns} tokens. Arrow keys step over tokens, Enter pins.`,
       });
       canvas.append(svg('image', { href: src, width: W, height: H, preserveAspectRatio: 'none' }));

@@ -193,6 +193,8 @@ def test_figure_3_keeps_both_scales_on_one_axis(light):
     assert (list(paper.x), list(paper.y), paper.yaxis) == ([1], [51.1], "y2")
     counts = fig.data[5]
     assert dict(zip(counts.x, counts.y, strict=True)) == {0: 49.1, 4: 51.1}
+    titles = [fig.layout[name].title for name in fig.layout if name.startswith("xaxis")]
+    assert all(0.51 * each.font.size * len(each.text) < 320 for each in titles)  # px that a window of 390 has for it
 
 
 def test_the_budget_goes_from_none_to_every_row_by_each_ranking(light):
@@ -204,6 +206,15 @@ def test_the_budget_goes_from_none_to_every_row_by_each_ranking(light):
     assert list(by_norm.y) == pytest.approx([means[name] for name in ("none", "budget-25", "budget-50", "stack-2d")])
     assert by_chance.y[1] == pytest.approx(means["budget-50-random"])
     assert "circles by norm, squares by chance." in title(fig).replace("<br>", " ")
+
+
+@pytest.mark.parametrize(("share", "side"), [(0.04, "left"), (0.375, "left"), (0.8, "right")])
+def test_the_name_of_the_sliders_line_lies_inside_the_plot(share, side):
+    """Above it stood on the figure's heading; each half has room on its other side."""
+    (label,) = [
+        each for each in figures.lab_budget(drawn.lab_summary(), at_share=share).layout.annotations if each.y == 0
+    ]
+    assert (label.text, label.yanchor, label.xanchor) == ("the slider below", "bottom", side)
 
 
 def test_recall_goes_along_the_text_with_a_name_at_each_line(light):

@@ -55,7 +55,9 @@ def test_only_2d_keeps_tokens_at_their_place(desk):
 
 
 def test_other_models_get_the_papers_settings_and_say_so(desk):
-    assert value(desk, SINGLE)["note"] == "" and value(desk, SINGLE)["grid"] == [8, 8]
+    assert value(desk)["note"] == "This model was trained with 2d. "
+    single = value(desk, SINGLE)
+    assert "stacks no samples onto its language model" in single["note"] and single["grid"] == [8, 8]
     shown = value(desk, TAPS)
     assert "cuts no image into samples" in shown["note"] and shown["layers"] == [1, 2, 3, 4]
     assert dealing.deal_value(desk.engine(HIRES), None) is None

@@ -194,7 +194,7 @@ def test_every_event_that_runs_a_model_says_the_place_in_its_own_tab(zoo):
     assert {fn.api_name for fn in model} == {
         "ask", "ask_example", "retry", "edit", "resume", "look", "answer_again", "heads", "download", "compare",
         "compare_question", "live", "ask_live", "open_stacks", "reopen_layers", "live_example_answer",
-        "keep", "keep_ranking", "keep_share",
+        "keep",
     }  # fmt: skip
     fn = next(fn for fn in model if fn.api_name == "ask_example").fn
     desk = next(cell.cell_contents for cell in fn.__closure__ if type(cell.cell_contents).__name__ == "Desk")

@@ -21,7 +21,7 @@ from model.errors import UserError
 from model.images import Limits
 from model.loading import Zoo
 from model.plan import Plan
-from tests.app.given import HIRES, SETTINGS, TAPS, skipped
+from tests.app.given import HIRES, SETTINGS, SINGLE, TAPS, skipped
 from tests.browser.harness import free_port
 
 
@@ -105,7 +105,7 @@ def test_bad_files_are_one_sentence_or_converted(desk, tmp_path, name):
 
 
 def test_an_example_comes_with_its_question_and_truth(desk):
-    focus, views, note, link = page.choose_example(desk, "signs.png", HIRES, "none")
+    focus, views, note, link = page.choose_example(desk, "signs.png", HIRES, "none", Session())
     assert focus.truth == "EAGLE" and views["name"] == "signs.png" and "x=signs.png" in link
 
 
@@ -124,6 +124,25 @@ def test_a_variant_stands_beside_the_reference_of_the_lab(desk, monkeypatch):
     assert page.put_into_compare(desk, TAPS, HIRES, "none")[1:] == (HIRES, "none", TAPS, "")  # never beside itself
     gate = ("embedded/lab-gate", "none")
     assert page.put_into_compare(desk, HIRES, *gate)[1:] == (*gate, HIRES, "")
+    assert page.put_into_compare(desk, TAPS, TAPS, "")[1:] == (HIRES, "", TAPS, "")  # put there a click ago
+    assert page.put_into_compare(desk, SINGLE, SINGLE, "")[1:] == (TAPS, "", SINGLE, "")
+    assert page.put_into_compare(desk, TAPS, TAPS, "none")[1:] == (TAPS, "none", TAPS, "")
+
+
+def test_a_plan_that_is_none_keeps_nobody_from_an_image(desk, session, tmp_path):
+    """Only the address needs it; an example clicked beside it was silently not taken."""
+    focus, _, note, link = page.choose_example(desk, "signs.png", HIRES, "base@0,0@99", session)
+    assert focus.example == "signs.png" and "576 × 576" in note and skipped(link)
+    path = tmp_path / "mine.png"
+    Image.new("RGB", (60, 40)).save(path)
+    _, focus, _, note, link = page.choose_image(desk, str(path), HIRES, "base@", session, focus)
+    assert "60 × 40" in note and skipped(link)
+
+
+def test_the_address_follows_the_model_and_plan_of_now(desk, focus):
+    """Not those that an answer was begun under: they may have been changed while it was made."""
+    assert page.follow(desk, TAPS, "base@0", focus).startswith("?m=embedded/taps&p=base@0&x=receipt.png&q=What")
+    assert skipped(page.follow(desk, TAPS, "base@", focus))
 
 
 # ---- the whole app
@@ -152,6 +171,17 @@ def call(demo: gr.Blocks, api_name: str, state: SessionState, inputs: list) -> l
 def test_every_event_has_a_name(demo):
     names = [fn.api_name for fn in demo.fns.values()]
     assert all(isinstance(name, str) for name in names) and len(names) == len(set(names)), names
+
+
+def test_a_choice_made_while_another_is_drawn_is_drawn_next(demo):
+    """With gradio's own "once" it is lost: the box then names one model or score, and the page shows another."""
+    names = ["choose_model", "lab_results", "mark_budget", "keep", "deal", "lab_chat", "lab_compare"]
+    names += ["lab_example", "compare_example", "live_example"]
+    assert {name: function(demo, name).trigger_mode for name in names} == dict.fromkeys(names, "always_last")
+    assert function(demo, "ask_example").trigger_mode == "multiple"
+    slider = next(block for block in demo.blocks.values() if "keep some" in str(getattr(block, "label", "")))
+    for name in ("mark_budget", "keep"):  # "release" is a pointer's alone
+        assert (slider._id, "input") in function(demo, name).targets
 
 
 def test_nothing_is_reported_to_anyone_and_the_queue_is_bounded(demo):

@@ -67,6 +67,14 @@ def pick(page: Page, name: str = EXAMPLE) -> None:
     page.locator(f'[data-pick="{name}"]:visible').click()
 
 
+def upload(page: Page, file: Path) -> None:
+    """Puts a file into the rail."""
+    with page.expect_file_chooser() as chooser:
+        page.locator("#dl-upload").click()
+    chooser.value.set_files(file)
+    expect(page.locator("#dl-note")).to_contain_text(file.name)
+
+
 def test_upload_ask_edit_and_clear(visit, picture: Path) -> None:
     page = visit().page
     ready(page)
@@ -272,6 +280,36 @@ def test_stop_keeps_what_has_been_said(visit, tiny_server: Server) -> None:
     expect(page.locator("#dl-box .submit-button")).to_be_visible()
 
 
+def test_what_is_chosen_during_an_answer_stays_chosen(visit, tiny_server: Server, picture: Path) -> None:
+    """Image and model of now are in focus and in the address when the answer to an earlier question ends."""
+    page = visit(url=tiny_server.url).page
+    ready(page)
+    page.locator("#dl-sampling button").first.click()
+    page.get_by_label("number input for Longest answer").fill("1000")
+    page.keyboard.press("Tab")
+    pick(page)
+    expect(page.locator("#dl-chat .dl-words")).not_to_be_empty()
+    upload(page, picture)
+    page.locator("#dl-model input").click()
+    page.get_by_role("option", name="embedded/hires-concat", exact=True).click()
+    expect(page).to_have_url(re.compile("m=embedded/hires-concat"))
+    page.locator("#dl-box .stop-button").click()
+    expect(answers(page)).to_have_count(1)
+    page.wait_for_timeout(500)  # the address has followed the answer
+    assert "m=embedded/hires-concat" in page.url and "x=" not in page.url
+    open_tab(page, "Compare")
+    expect(page.locator("#dl-compare-image img")).to_have_attribute("alt", picture.name)
+    open_tab(page, "Chat")
+    page.get_by_label("number input for Longest answer").fill("1000")
+    page.keyboard.press("Tab")
+    pick(page)
+    expect(page.locator("#dl-chat .dl-words").last).not_to_be_empty()
+    page.get_by_role("button", name="Clear").first.click()
+    expect(page.locator("#dl-box .submit-button")).to_be_visible()
+    page.wait_for_timeout(1000)
+    expect(answers(page)).to_have_count(0)
+
+
 def test_bad_uploads_are_one_message_and_the_next_request_works(visit, tmp_path: Path, picture: Path) -> None:
     bad = tmp_path / "broken.png"
     bad.write_bytes(picture.read_bytes()[:80])
@@ -280,7 +318,7 @@ def test_bad_uploads_are_one_message_and_the_next_request_works(visit, tmp_path:
     ready(page)
     with page.expect_file_chooser() as chooser:
         page.locator("#dl-upload").click()
-    chooser.value.set_files(bad)
+    chooser.value.set_files(bad)  # whose name the rail never shows
     message = page.locator(".toast-body")
     expect(message).to_contain_text("broken.png")
     message.get_by_test_id("toast-close").click()
@@ -311,6 +349,8 @@ def test_a_narrow_window_shows_everything_without_scrolling_sideways(visit, dark
         open_tab(page, name)
         page.locator(what).first.wait_for()
         assert visitor.overflow() == 0, name
+        cut = "cards => cards.filter(card => card.scrollWidth > card.clientWidth).length"
+        assert page.locator(".dl-subset").evaluate_all(cut) == 0, "the dots of all stacks"
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(255, 255, 255)") is not dark
 
@@ -353,3 +393,43 @@ def test_the_lab_beside_the_paper_and_step_by_step(visit, tiny_server: Server) -
     page.get_by_role("button", name="chat with it").click()
     expect(page.get_by_role("tab", name="Chat")).to_have_attribute("aria-selected", "true")
     expect(page.locator("#dl-model input")).to_have_value("embedded/lab-stack-2d")
+
+
+def test_the_lab_in_a_hurry_by_keyboard_and_with_odd_pictures(visit, tiny_server: Server, tmp_path: Path) -> None:
+    page = visit(url=tiny_server.url, path=f"/?x={EXAMPLE}&t=lab").page
+    expect(page.locator("#dl-lab-variants .js-plotly-plot")).to_have_count(1)
+    runs = page.get_by_label("Runs", exact=True)
+    there = runs.input_value()
+    runs.fill("none of these")
+    page.keyboard.press("Enter")
+    expect(page.locator("#dl-lab-head [role=alert]")).to_contain_text("There are no runs of “none of these”")
+    runs.fill(there)
+    page.keyboard.press("Enter")
+    expect(page.locator("#dl-lab-head")).to_contain_text("agree with the paper in sign")
+    bench = page.get_by_label("The paper's benchmark")
+    for name in ("DocVQA", "GQA", "SEED"):  # faster than they are drawn
+        bench.click()
+        page.get_by_role("option", name=name, exact=True).click()
+    expect(page.locator(".dl-lab-table thead")).to_contain_text("Paper, SEED")
+    expect(bench).to_have_value("SEED")
+    page.locator(".dl-lab-nav").get_by_role("link", name="how tokens are dealt out").click()
+    expect(page.locator("#dl-deal")).to_be_in_viewport()
+    expect(page).to_have_url(re.compile(f"x={EXAMPLE}.*t=lab$"))  # the page is the same still
+    page.get_by_role("tab", name="Lab").scroll_into_view_if_needed()
+    page.get_by_role("button", name="Show on the image").click()
+    expect(page.locator("#dl-lab-kept .js-plotly-plot")).to_have_count(1)
+    tall, wide = tmp_path / "tall.png", tmp_path / "wide.png"
+    Image.new("RGB", (60, 180), "white").save(tall)
+    Image.new("RGB", (1900, 20), "white").save(wide)
+    upload(page, tall)
+    expect(page.locator("#dl-lab-kept .js-plotly-plot")).to_have_count(0)  # of another image
+    expect(page.locator(".dl-deal-places")).to_have_attribute("viewBox", "0 0 320 960")
+    page.locator(".dl-deal-places image").click(position={"x": 4, "y": 4})
+    expect(page.locator("#dl-deal .dl-readout")).to_contain_text("row 0, column 0 has got")
+    upload(page, wide)
+    expect(page.locator(".dl-deal-places")).to_have_attribute("viewBox", "0 0 320 64")
+    page.locator("#dl-lab-keep input[type=range]").focus()
+    expect(page.locator("#dl-lab-at-budget")).to_contain_text("37.5 %")
+    for _ in range(4):
+        page.keyboard.press("ArrowLeft")
+    expect(page.locator("#dl-lab-at-budget")).to_contain_text("22.5 %")

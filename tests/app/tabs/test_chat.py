@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from app import page
 from app.session import Focus, Session
-from app.tabs import chat
+from app.tabs import chat, layers, stacks
 from model.errors import UserError
 from model.plan import Plan
-from tests.app.given import HIRES, SETTINGS, last
+from tests.app.given import HIRES, SETTINGS, last, skipped
 
 PLAN = "base@0,0@1"
 
@@ -31,12 +32,11 @@ def test_an_upload_and_a_question_are_answered(desk, session, tmp_path):
     Image.new("RGB", (50, 40), "red").save(path)
     states = list(say(desk, session, Focus(), files=[path]))
     assert states[0][0].value["text"] == ""  # the box is emptied with the first state
-    box, bubbles, session, focus, views, note, link = last(states)
+    box, bubbles, session, focus, views, note = last(states)
     assert texts(bubbles) == ["user", "user", "assistant"]
     assert len(session.turns) == 1 and desk.store.record(session.turns[0].record).answer.plan == Plan.parse(PLAN)
     assert focus.record == session.turns[0].record and focus.question == "What is it?"
     assert views["name"] == "mine.png" and "50 × 40" in note and "not part of the address" in note
-    assert link == "?p=base@0,0@1&q=What+is+it%3F"
     assert "trained" not in bubbles[-1]["content"] and "ablated" in bubbles[-1]["content"]
 
 
@@ -77,10 +77,10 @@ def test_a_file_that_is_no_picture_is_one_sentence(desk, session, tmp_path):
 
 
 def test_an_example_asks_its_own_question(desk, session):
-    _, bubbles, session, focus, *_, link = last(
+    _, bubbles, session, focus, *_ = last(
         chat.ask_example(desk, "signs.png", HIRES, "none", *SETTINGS, session, Focus())
     )
-    assert focus.truth == "EAGLE" and focus.example == "signs.png" and "x=signs.png" in link
+    assert focus.truth == "EAGLE" and focus.example == "signs.png"
     with pytest.raises(UserError, match="no example"):
         next(chat.ask_example(desk, "../x", HIRES, "none", *SETTINGS, session, Focus()))
 
@@ -106,8 +106,42 @@ def test_an_edited_question_takes_the_place_of_the_old_one(desk, session, focus)
 
 def test_clear_keeps_the_visitor(desk, session, focus):
     _, _, session, *_ = last(say(desk, session, focus))
-    bubbles, cleared = chat.clear(desk, session)
+    bubbles, cleared, _ = chat.clear(desk, session)
     assert bubbles == [] and cleared.turns == () and cleared.visitor == session.visitor
+
+
+def test_a_cleared_conversation_does_not_come_back_when_its_answer_ends(desk, session, focus):
+    steps = chat.ask(desk, {"text": "What?", "files": []}, HIRES, PLAN, 48, *SETTINGS[1:], False, session, focus)
+    next(steps)
+    bubbles, cleared, box = chat.clear(desk, session)
+    assert box.submit_btn and not box.stop_btn
+    assert [value for step in steps for value in step if not skipped(value)] == []
+
+
+def test_an_image_that_is_chosen_during_an_answer_stays_in_focus(desk, session, focus, tmp_path):
+    """What ended last used to win: the note showed the new image, and the next question was about the old one."""
+    steps = say(desk, session, focus)
+    next(steps)
+    page.choose_example(desk, "shapes.png", HIRES, PLAN, session)
+    assert last(steps)[3] is None
+    other = Focus(images=("shapes.png",), example="shapes.png", question="Count the triangles")
+    assert last(say(desk, session, other))[3].images == other.images
+    path = tmp_path / "mine.png"
+    Image.new("RGB", (50, 40), "red").save(path)
+    found = last(say(desk, session, other, files=[path]))[3]  # one that comes with the question is turned to
+    assert desk.held(found.images[0]).name == "mine.png"
+    page.choose_example(desk, "shapes.png", HIRES, PLAN, session)
+    late = last(say(desk, session, found))  # had waited in line when the example was chosen
+    assert [value is None for value in late] == [False, False, False, True, True, True]
+
+
+def test_an_answer_of_a_conversation_keeps_its_image_in_focus(desk, session, focus):
+    """A question with earlier turns sends no image of its own; asked again elsewhere, the focus was on none."""
+    for text in ("one", "two"):
+        _, _, session, focus, *_ = last(say(desk, session, focus, text=text, remember=True))
+    assert desk.store.record(focus.record).images == ()
+    assert layers.answer_again(desk, False, "base@0", HIRES, session, focus)[1].images == ("receipt.png",)
+    assert last(stacks.live(desk, "", "none", HIRES, *SETTINGS, session, focus))[2].images == ("receipt.png",)
 
 
 def test_stop_ends_the_answer_and_keeps_what_was_said(desk, session, focus):

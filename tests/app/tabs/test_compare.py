@@ -73,10 +73,18 @@ def test_a_client_without_a_page_is_given_an_id(desk, focus):
 
 
 def test_the_current_question_is_filled_in_once(desk, focus):
-    question, truth, filled, image = compare.opened(desk, "", "", "", focus)
-    assert (question, truth, filled) == (focus.question, "5.63", focus.question) and "<img" in image
+    new = ("", ())
+    question, truth, filled, image = compare.opened(desk, "", "", new, focus)
+    assert (question, truth) == (focus.question, "5.63") and "<img" in image
     assert compare.opened(desk, "my own", "mine", filled, focus)[:2] == ("my own", "mine")
-    assert "No image yet" in compare.opened(desk, "", "", "", Focus())[3]
+    assert "No image yet" in compare.opened(desk, "", "", new, Focus())[3]
+
+
+def test_the_truth_of_one_image_is_not_that_of_the_next(desk, focus):
+    """An upload keeps the question; it was then judged by the answer to the example before it."""
+    *_, filled, _ = compare.opened(desk, "", "", ("", ()), focus)
+    mine = Focus(images=("shapes.png",), question=focus.question)
+    assert compare.opened(desk, "my own", "5.63", filled, mine)[:2] == ("my own", "")
 
 
 def test_stop_ends_all_columns(desk, session, focus):

@@ -107,9 +107,15 @@ def test_choices_change_what_is_shown(desk, results):
     assert wide[2].value == "9 steps on cpu" and wide[3].value == ["none"]
     assert "31.7 (-7.0)" in wide[4] and "90.0" in wide[4] and "time of a training step" in wide[10].to_json()
     assert wide[6] is not None and len(wide[7].data) == 1
-    for wrong in (("7 steps", *CHOICES[1:]), ("", "beauty", "AVG", "context", None), ("", "fine", "AVG", "luck", None)):
-        with pytest.raises(UserError, match="no runs of|no metric|no cost"):
-            lab.results(desk, False, *wrong)
+    for choices, words in (
+        (("7 steps", *CHOICES[1:]), "no runs of “7 steps”"),
+        (("", "beauty", "AVG", "context", None), "no metric “beauty”"),
+        (("", "fine", "AVG", "luck", None), "no cost “luck”"),
+    ):
+        told, *rest = lab.results(desk, False, *choices)
+        assert words in html.unescape(told) and all(skipped(value) for value in rest) and len(rest) == 12
+    figure, told = lab.mark(desk, 50, False, "7 steps", "fine", "AVG")
+    assert skipped(figure) and "no runs of “7 steps”" in html.unescape(told)
 
 
 def test_without_the_reference_nothing_is_compared(desk, results):
@@ -201,15 +207,21 @@ def test_learned_gates_and_what_a_row_is_compared_with_are_told(desk, results):
 def test_what_a_budget_keeps_is_shown_on_the_image(desk, focus):
     """Of 16 rows: 4 keep all four stacks, 4 the first two; a question that is not there is asked for."""
     for ranking in ("norm", "question"):
-        lacks, figure = lab.keep(desk, ranking, 50, False, HIRES, focus)
+        lacks, figure, _ = lab.keep(desk, ranking, 50, False, HIRES, focus)
         values = np.array([trace.z for trace in figure.data if trace.type == "heatmap"][0], float)
         counts = {n: int((values == n).sum()) for n in (2, 4)}
         assert lacks == "" and counts == {2: 4, 4: 4} and np.isnan(values).sum() == 8
     assert "No image yet" in lab.keep(desk, "norm", 50, False, HIRES, Focus())[0]
     assert "No question yet" in lab.keep(desk, "question", 50, False, HIRES, replace(focus, question=" "))[0]
     assert lab.keep(desk, "norm", 50, False, HIRES, replace(focus, question=""))[1] is not None
-    said, figure = lab.keep(desk, "norm", 50, False, SINGLE, focus)
+    said, figure, _ = lab.keep(desk, "norm", 50, False, SINGLE, focus)
     assert "adds no stacks" in said and figure is None
+    for ranking, fits in (("norm", True), ("question", False)):
+        *_, of = lab.keep(desk, ranking, 50, False, HIRES, focus)
+        assert skipped(lab.unkeep(desk, of, HIRES, focus)[1])
+        assert skipped(lab.unkeep(desk, of, HIRES, replace(focus, question="What?"))[1]) is fits
+        assert lab.unkeep(desk, of, HIRES, replace(focus, images=("signs.png",))) == ("", None, ())
+        assert lab.unkeep(desk, of, SINGLE, focus) == ("", None, ())
     for wrong in (("luck", 50), ("norm", 0), ("norm", 101)):
         with pytest.raises(UserError, match="A budget is ranked norm or question, above 0 to 100 %"):
             lab.keep(desk, *wrong, False, HIRES, focus)
