@@ -398,9 +398,10 @@ def _offer(desk: Desk, row: Row) -> str:
     if not name:
         return f'<span class="dl-note">{_unshipped(row.variant)}</span>'
     name = markup.escape(name)
-    return (
-        f'<button type="button" class="dl-chip" data-go="chat" data-name="{name}">chat with it</button>'
-        f'<button type="button" class="dl-chip" data-go="compare" data-name="{name}">put into Compare</button>'
+    return "".join(
+        f'<button type="button" class="dl-chip" data-go="{go}" data-name="{name}" '
+        f'aria-label="{words}: {markup.escape(row.variant)}">{words}</button>'
+        for go, words in (("chat", "chat with it"), ("compare", "put into Compare"))
     )
 
 
@@ -417,7 +418,7 @@ def code(command: str) -> str:
     """A command line, and a button that copies it."""
     return (
         f'<span class="dl-command"><code>{markup.escape(command)}</code>'
-        '<button type="button" class="dl-copy-code">copy</button></span>'
+        f'<button type="button" class="dl-copy-code" aria-label="copy: {markup.escape(command)}">copy</button></span>'
     )
 
 
