@@ -411,7 +411,8 @@ def _unshipped(variant: str) -> str:
         ship.check(variant_of(variant))
     except UserError:
         return "It has numbers only: no model of the app does what its training does."
-    return f"It does not ship: after its run here, python -m app lab ship {markup.escape(variant)} makes its model."
+    command = f"python -m app lab ship {markup.escape(variant)}"
+    return f"It does not ship: after its run here, <code>{command}</code> makes its model."
 
 
 def code(command: str) -> str:
