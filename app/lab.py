@@ -117,7 +117,7 @@ def _search(options: argparse.Namespace) -> Outcome:
     text = "\n\n".join(
         [
             f"{told.spent:,} of {budget:,} steps spent on {told.rungs[0].count} of {told.candidates} placements, "
-            "as many of each number of stacks",
+            "drawn evenly over the numbers of stacks",
             *(f"at step {rung.step:,}:\n{table(reading.RUNG, rung.rows)}" for rung in told.rungs),
             reading.outcome(told, reading.read(file)),
         ]

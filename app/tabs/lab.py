@@ -311,7 +311,7 @@ def search_panel(search: Search, runs: Sequence[Run]) -> str:
             f'<table class="dl-lab-rung"><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></details>'
         )
     words = (
-        f"{search.rungs[0].count} of {search.candidates} placements, drawn by chance, all numbers of stacks alike; "
+        f"{search.rungs[0].count} of {search.candidates} placements, drawn by chance, evenly over numbers of stacks; "
         "at each step the better half went on, ranked on validation scenes. "
         f"{search.spent:,} of {search.budget:,} training steps were spent; the runs that the winner is compared with "
         "are not counted."
