@@ -640,6 +640,14 @@ class Summary:
     def words(self) -> str:
         return METRICS[self.metric].words
 
+    def under(self, metric: str) -> Summary:
+        """The same runs under another metric."""
+        return self if metric == self.metric else summary(self.runs, metric, self.bench)
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for row in self.rows for run in row.runs]
+
     def against(self, row: Row) -> str:
         """The variant that this one is compared with: as in the paper, or the one that differs in one thing."""
         if row.group == TEXT:

@@ -89,7 +89,7 @@ def results(
         gr.Column(visible=True),
         gr.Dropdown([str(each) for each in offered], value=str(found.setting)),
         gr.Dropdown([row.variant for row in found.rows if len(row.acuity.n)], value=shown),
-        results_table(desk, runs, found),
+        results_table(desk, found),
         figures.lab_variants(found, dark) if full["variants"] else None,
         figures.lab_axes(found, dark) if full["along figure 3"] else None,
         figures.acuity_curves(drawn, dark) if full["acuity"] else None,
@@ -270,10 +270,10 @@ def claims_panel(found: Summary) -> str:
     )
 
 
-def results_table(desk: Desk, runs: Sequence[Run], found: Summary) -> str:
+def results_table(desk: Desk, found: Summary) -> str:
     """Variant by variant: ours, the difference to its control, the paper's, the verdict, costs, and how to make it
     again."""
-    coarse = lab.summary(lab.settings(runs)[found.setting], "coarse", found.bench)
+    coarse = found.under("coarse")
     parts = [
         '<table class="dl-lab-table"><thead><tr><th>Variant</th><th>Ours, %</th>'
         f"<th>Against its control</th><th>Paper, {found.bench}</th><th>Sign</th><th>Coarse, %</th><th>Cost</th>"

@@ -69,3 +69,21 @@ def test_a_claim_needs_all_its_comparisons_and_falls_with_one(tmp_path):
 def test_without_the_stacks_gain_nothing_is_about_as_good(tmp_path):
     found = summary(tmp_path, {"none": 0.2, "dummy": 0.2})
     assert claims.outcome(found, Comparison("dummy", "not above", "none")).kind == "not run"
+
+
+def test_a_comparison_may_be_under_a_score_of_its_own(tmp_path):
+    """A string that reads less in all, and more where it is asked by place, is not beaten by the stacks."""
+    lines = []
+    for variant, fine, place in (("none", 0.2, 0.2), ("stack-2d", 0.7, 0.7), ("string", 0.5, 0.9)):
+        for seed in (0, 4):
+            each = line(variant, fine, seed=seed)
+            each["accuracy"]["place"] = {"n": 300, "exact_match": place}
+            lines.append(each)
+    found = lab.summary(lab.read(made.write(tmp_path / "results.jsonl", lines)))
+    asked = [each for each in CLAIMS[1].shown_by if each.against == "string"]
+    said = {each.metric: claims.outcome(found, each) for each in asked}
+    assert said[""].kind == "holds" and said["place"].kind == "fails"
+    assert said["place"].words.startswith("stack-2d not clearly below string, asked by place: fails, -20.0 points")
+    under = found.under("place")
+    assert under.metric == "place" and claims.findings(under)[1].kind == "contradicted"
+    assert [each.comparison.metric for each in claims.findings(under)[1].outcomes] == ["", ""]
