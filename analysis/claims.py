@@ -60,7 +60,7 @@ CLAIMS = (
             for metric in ("", "place")
             for string in ("global-string", "string")
         ),
-        "At equal steps. Which of so many rows a colour names takes longer to learn, so the score by place counts, too.",
+        "At equal steps. Which of so many rows a colour names takes longer to learn: the score by place counts, too.",
     ),
     Claim(
         "Stacks in several layers are better than the same tokens merged once at the input.",
