@@ -205,7 +205,6 @@ def test_records_are_written_once(tmp_path):
 
 WRITER = """
 import sys, time
-from dataclasses import replace
 from pathlib import Path
 from model.lab import results
 folder, own = Path(sys.argv[1]), int(sys.argv[2])
