@@ -265,15 +265,19 @@ def test_two_visitors_at_once_get_what_each_gets_alone(visit) -> None:
     assert said(visitors) == alone
 
 
-def test_stop_keeps_what_has_been_said(visit, tiny_server: Server) -> None:
-    """Random weights never end an answer by themselves."""
-    page = visit(url=tiny_server.url).page
+def answering(page) -> None:
+    """Asks for a long answer, and returns while it streams: random weights never end one by themselves."""
     ready(page)
     page.locator("#dl-sampling button").first.click()
     page.get_by_label("number input for Longest answer").fill("1000")
     page.keyboard.press("Tab")
     pick(page)
     expect(page.locator("#dl-chat .dl-words")).not_to_be_empty()
+
+
+def test_stop_keeps_what_has_been_said(visit, tiny_server: Server) -> None:
+    page = visit(url=tiny_server.url).page
+    answering(page)
     page.locator("#dl-box .stop-button").click()
     expect(answers(page)).to_have_count(1)
     expect(page.locator("#dl-chat .dl-foot")).to_contain_text("stopped")
@@ -283,12 +287,7 @@ def test_stop_keeps_what_has_been_said(visit, tiny_server: Server) -> None:
 def test_what_is_chosen_during_an_answer_stays_chosen(visit, tiny_server: Server, picture: Path) -> None:
     """Image and model of now are in focus and in the address when the answer to an earlier question ends."""
     page = visit(url=tiny_server.url).page
-    ready(page)
-    page.locator("#dl-sampling button").first.click()
-    page.get_by_label("number input for Longest answer").fill("1000")
-    page.keyboard.press("Tab")
-    pick(page)
-    expect(page.locator("#dl-chat .dl-words")).not_to_be_empty()
+    answering(page)
     upload(page, picture)
     page.locator("#dl-model input").click()
     page.get_by_role("option", name="embedded/hires-concat", exact=True).click()
