@@ -44,4 +44,7 @@ def kept_map(counts: np.ndarray, stacks: int, grid: ImageGrid) -> GridMap:
     """The counts of the rows of the first grid in their places; empty where nothing is kept."""
     values = counts[: len(grid.positions)].astype(np.float64).reshape(grid.grid)
     values[values == 0] = np.nan
-    return GridMap(values, "Stacks kept by each image row", f"of {stacks}", grid.size, grid.index, limits=(0, stacks))
+    limits, note = (0, stacks), "A row without colour keeps none."
+    return GridMap(
+        values, "Stacks kept by each image row", f"of {stacks}", grid.size, grid.index, limits=limits, note=note
+    )

@@ -57,23 +57,23 @@ CAPTIONS = {
         "two parts that say the same can each look idle."
     ),
     "acuity": (
-        "Shows how often text is read exactly at each glyph height, with 95 % intervals; "
-        "it holds for these questions and fonts, not for photographs."
+        "Shows how often text is read exactly at each glyph height, with 95 % intervals of what was "
+        "asked; it holds for these questions and fonts, not for photographs."
     ),
     "lab_claims": (
-        "A claim stands or falls with its 95 % intervals, of what is asked and of how far seeds lie apart; “not "
-        "clearly” allows a fifth of what stacks gain."
+        "A claim stands or falls with 95 % intervals, of what is asked and of seeds; “at most” and “more than” say a "
+        "fifth of what stacks gain, or of the other's score."
     ),
     "lab_variants": (
         "Shows small models that read rendered text beside the paper's benchmarks; signs can be compared, sizes not."
     ),
     "lab_axes": (
-        "Shows models trained anew at each place, each on its own scale; "
-        "neighbours whose bars overlap are not told apart by it."
+        "Shows models trained anew at each place, each on its own scale; a bar belongs to its dot: "
+        "the gap between two is told, with less doubt, row by row."
     ),
     "lab_cost": (
         "Shows what was measured here at toy size; how costs grow with 576 rows and 32 layers is not read off it, nor "
-        "are times that differ by less than a fifth."
+        "are times that differ by less than a third."
     ),
     "lab_budget": (
         "Rows that keep no stack still stand in the context, so the budget spares pixels and not tokens; what a "

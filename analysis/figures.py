@@ -519,7 +519,8 @@ def lab_variants(found: Summary, dark: bool | None = None) -> go.Figure:
     the reference. ✓ the same sign, ✗ the other one, ? undecided."""
     look = theme(dark)
     rows = list(found.pictures)
-    fig = make_subplots(rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.06)
+    # ours has the intervals, and so the room
+    fig = make_subplots(rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.06, column_widths=[0.64, 0.36])
     for source, places in marks.by_group(rows):
         hue = colour(source, dark)
         means = [rows[i].mean for i in places]
@@ -572,7 +573,7 @@ def lab_variants(found: Summary, dark: bool | None = None) -> go.Figure:
     _frame(fig, title, dark, 23 * len(rows) + 16, marks.lab_note(found), left=left, right=24)
     fig.update_xaxes(nticks=4)
     fig.update_xaxes(title_text="ours, %", row=1, col=1)
-    fig.update_xaxes(title_text=f"the paper's {found.bench}", row=1, col=2)
+    fig.update_xaxes(title_text=f"paper's {found.bench}", row=1, col=2)
     fig.update_yaxes(
         tickvals=list(range(len(rows))),
         ticktext=[escape(row.variant) for row in rows],
@@ -755,7 +756,7 @@ def lab_cost(found: Summary, cost: str = "context", dark: bool | None = None) ->
 
 def _told(row: Row) -> str:
     """A variant's numbers, for hovering."""
-    ours = f"<b>{escape(row.variant)}</b>: {row.percent} %, {row.counted} of {row.n} questions"
+    ours = f"<b>{escape(row.variant)}</b>: {row.percent} %, {row.counted}"
     return f"{ours}<br>95 %: {row.mean.percent_ends}"
 
 

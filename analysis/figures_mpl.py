@@ -472,7 +472,7 @@ def lab_variants(found: Summary, dark: bool = False) -> Figure:
     left.set_yticks(range(len(rows)), [_plain(row.variant) for row in rows])
     right.set_yticks(range(len(rows)), [""] * len(rows))
     left.set_xlabel("ours, %")
-    right.set_xlabel(f"the paper's {found.bench}")
+    right.set_xlabel(f"paper's {found.bench}")
     return fig
 
 

@@ -28,6 +28,7 @@ from analysis.tables import Table
 from model.errors import UserError
 from model.lab import results
 from model.lab.results import RESULTS, SEARCHES
+from model.lab.texts import RECALL
 from model.lab.variants import GROUPS, LAYERS, LONG, PARTS, SHORT, VARIANTS, layers_of, variant_of
 
 REFERENCE = "stack-2d"
@@ -48,6 +49,8 @@ CONTROLS = {
 }
 TIMID = 1.0  # points; the paper has no error bars, and differences of single runs below this are no effects
 LEVEL = 0.95  # of every interval
+ASKED = ("scenes_seeds", "texts_seeds", "test", "side", "glyphs", "text", "fact")  # of a config: the test set
+ROUNDED = 1e-4  # how far a share may be from its questions': a line has four digits of it
 
 
 class Metric(NamedTuple):
@@ -56,18 +59,23 @@ class Metric(NamedTuple):
     kind: str
     key: str
     words: str
-    # questions of a picture's about one thing: a code is asked for by its colour and by its place; coarse ones at most
-    per: int = 2
+    per: int = 1  # questions of a picture's about one thing: a code is asked for by its colour and by its place
+    topics: tuple[str, ...] = ()  # of accuracy: which of their questions were right; each asks for the same things
+    things: str = "codes"  # what a picture's questions ask for
+    way: str = ""  # how they ask for it, where others ask for the same in another way
 
 
 METRICS = {
-    "fine": Metric("fine", "exact_match", "fine detail, exact match"),
-    "characters": Metric("fine", "characters", "fine detail, characters right"),
-    "first character": Metric("fine", "first_character", "fine detail, first character right"),
-    "ink": Metric("ink", "exact_match", "fine detail asked for by colour, exact match", per=1),
-    "place": Metric("place", "exact_match", "fine detail asked for by place, exact match", per=1),
-    "coarse": Metric("coarse", "exact_match", "coarse questions, exact match"),
+    "fine": Metric("fine", "exact_match", "fine detail, exact match", 2, ("ink", "place", RECALL)),
+    "characters": Metric("fine", "characters", "fine detail, characters right", 2),
+    "first character": Metric("fine", "first_character", "fine detail, first character right", 2),
+    "ink": Metric("ink", "exact_match", "fine detail asked for by colour, exact match", 1, ("ink",), way="by colour"),
+    "place": Metric(
+        "place", "exact_match", "fine detail asked for by place, exact match", 1, ("place",), way="by place"
+    ),
+    "coarse": Metric("coarse", "exact_match", "coarse questions, exact match", 1, ("coarse",), "questions"),
 }
+FACTS = "facts"  # what a text's questions ask for
 
 
 class Cost(NamedTuple):
@@ -86,7 +94,7 @@ COSTS = {
     "step_seconds": Cost("s", "time of a training step (on a CPU the processor’s)"),
     "step_flops": Cost("FLOPs", "work of a training step"),
     "step_bytes": Cost("bytes", "memory of a training step"),
-    "parameters": Cost("parameters", "size of the model"),
+    "parameters": Cost("parameters", "size without the vision tower"),
 }
 
 RECALL_AXIS = f"part of the text, 1 to {PARTS}"
@@ -237,29 +245,32 @@ FIGURE_3 = {
 
 CANNOT_SAY = {
     "what enters": (
-        "Our small codes can be read in the high-resolution view alone, so this gap is larger than photographs can "
-        "show; only its sign can be compared. All three have the same number of parameters."
+        "Most of our codes are too small for the global view, so this gap is larger than photographs can show; only "
+        "its sign can be compared. All three have the same number of parameters."
     ),
     "how it enters": (
-        "All are trained for the same steps: a string that reads less here may only need more of them (asked for by "
-        "place and by colour are scores of their own). The paper's trade, 576 "
-        "against 2,880 rows, cannot be read off contexts this short."
+        "All are trained for the same steps: one that reads far less by colour than by place (scores of their own) may "
+        "only need more of them. The string lacks the global view, and concat's wider projector has more parameters. "
+        "The paper's trade, 576 against 2,880 rows, cannot be read off contexts this short."
     ),
     "sampling": (
         "Our tiles are a few tokens a side; how much displaced tokens hurt on CLIP's 24 × 24 does not follow from "
-        "that. For the inconsistent resize we squeeze the global view, where the paper pads the high-resolution one."
+        "that, nor whether more training would teach them colours. For the inconsistent resize we squeeze the global "
+        "view, where the paper pads the high-resolution one."
     ),
     "where": (
-        "Training shows one attention head of the last two layers where each answer stands: all read late wherever "
-        "tokens enter, so a late start may cost less here than elsewhere. The unguided variants are shown nothing of "
-        "it, and so are compared with each other. Stacks that would enter beyond "
+        "Training shows one attention head of the last two layers where each answer stands, and teaches image rows, at "
+        "the input of the last layer, what they hold. The unguided lack the first, not the second, and are compared "
+        "with each other: a late start may cost less here than elsewhere. Stacks that would enter beyond "
         "layer 7 are left out: start-6 and interval-4 keep two of four, interval-3 and start-5 three. Fewer layers "
         "also means fewer pixels."
     ),
     "tower": (
-        "Our tower was trained on rendered text and has five layers: stacks that start late find no layer, and whether "
-        "a tower trained on photographs tolerates them half-way is open. A training step of a tuned tower runs it, one "
-        "of a frozen tower reads its stored features: their costs are not alike."
+        "Our tower was trained on rendered text and has five layers: stacks that start late find no layer, and "
+        "whether a tower trained on photographs tolerates them half-way is open. A training step of a tuned tower "
+        "runs it, one of a frozen tower reads its stored features: their costs are not alike. taps-0 sees no global "
+        "view and merges with weights of its own: it is the control of the other taps, and differs from stack-2d in "
+        "more than one thing."
     ),
     "strength": (
         "The paper proposes these and measures none, so there is nothing to agree with, and a gate may need "
@@ -313,6 +324,21 @@ class Run:
         kind, key, *_ = METRICS[metric]
         scores = self.accuracy.get(kind) or {}
         return None if scores.get(key) is None else (float(scores[key]), int(scores["n"]))
+
+    def right(self, metric: str) -> np.ndarray | None:
+        """The share of right answers to each thing that one metric's questions ask for, in the test set's order
+        (`[things]`); None where the run holds their mean alone."""
+        told = [self.accuracy[topic] for topic in METRICS[metric].topics if topic in self.accuracy]
+        if not told or any("right" not in each for each in told):
+            return None
+        right = [results.unpacked(each["right"], each["n"]) for each in told]
+        whole = len({len(each) for each in right}) == 1 and sum(map(len, right)) == self.share(metric)[1]
+        return np.mean(right, axis=0) if whole else None
+
+    @property
+    def asked(self) -> list:
+        """What tells the test set of this run from others."""
+        return [self.config.get(key) for key in ASKED]
 
     def spent(self, cost: str) -> float | None:
         """One cost; None where it was not measured."""
@@ -387,6 +413,10 @@ def _check_scores(kind: str, scores: Any) -> None:
         share = scores.get(key)
         if share is not None and not (_number(share) and 0 <= share <= 1):
             raise ValueError(f"its {key} for {kind} is {share!r}, not a share between 0 and 1")
+    if "right" in scores:
+        told = float(np.mean(results.unpacked(scores["right"], scores["n"])))
+        if abs(told - scores["exact_match"]) > ROUNDED:
+            raise ValueError(f"of its questions for {kind} {told:.4f} are right, not {scores['exact_match']}")
 
 
 def _number(value: Any) -> bool:
@@ -431,11 +461,11 @@ class Interval(NamedTuple):
     @property
     def points(self) -> str:
         """A difference's value in words."""
-        return f"{100 * self.value:+.1f}"
+        return f"{100 * self.value:+z.1f}"
 
     @property
     def points_ends(self) -> str:
-        return f"{100 * self.low:+.1f} to {100 * self.high:+.1f}"
+        return f"{100 * self.low:+z.1f} to {100 * self.high:+z.1f}"
 
 
 class Spread(NamedTuple):
@@ -478,6 +508,19 @@ def difference_interval(a: Sequence[float], b: Sequence[float], n: int, spread: 
     seeds = spread.half(len(a), len(b)) if spread else 0.0
     low = value - math.hypot(one - low1, high2 - two, seeds)
     return Interval(value, low, value + math.hypot(high1 - one, two - low2, seeds))
+
+
+def paired_interval(
+    a: np.ndarray, b: np.ndarray, runs: tuple[int, int] = (1, 1), spread: Spread | None = None
+) -> Interval:
+    """mean(a) - mean(b) of shares `[things]` that both were asked for: Student's interval of the differences thing by
+    thing, and what other seeds than these numbers of runs would add to it. What seeds do differently thing by thing is
+    in both, so that it is a little too wide."""
+    differences = np.asarray(a, float) - np.asarray(b, float)
+    n, value = len(differences), float(np.mean(differences))
+    things = t_quantile(n - 1) * float(np.std(differences, ddof=1)) / math.sqrt(n) if n > 1 else math.inf
+    half = math.hypot(things, spread.half(*runs) if spread else 0.0)
+    return Interval(value, value - half, value + half)
 
 
 # ---- the summary
@@ -531,6 +574,15 @@ class Row:
         """One per seed."""
         return [run.share(self.metric)[0] for run in self.runs]
 
+    @cached_property
+    def right(self) -> np.ndarray | None:
+        """The share of right answers to each thing asked for, over all seeds (`[things]`); None where a run does not
+        tell."""
+        told = [run.right(self.metric) for run in self.runs]
+        if any(each is None for each in told) or any(run.asked != self.runs[0].asked for run in self.runs):
+            return None
+        return np.mean(told, axis=0) if len({len(each) for each in told}) == 1 else None
+
     @property
     def deviation(self) -> float | None:
         """Standard deviation over seeds; None for one seed."""
@@ -542,17 +594,28 @@ class Row:
 
     @property
     def percent(self) -> str:
-        """The mean of all seeds, and how far they lie apart where there are several."""
-        return self.mean.percent + ("" if self.deviation is None else f" ± {100 * self.deviation:.1f}")
+        """The mean of all seeds, and each where there are several: "70.8 (70.9, 70.6)"."""
+        each = ", ".join(f"{100 * share:.1f}" for share in self.shares)
+        return self.mean.percent + (f" ({each})" if len(self.runs) > 1 else "")
 
     @property
     def counted(self) -> str:
-        """How many seeds: "2 seeds"."""
-        return f"{len(self.runs)} seed{'s' if len(self.runs) > 1 else ''}"
+        """How many seeds, and what each was asked for: "2 seeds × 772 codes"."""
+        things = FACTS if self.group == TEXT else METRICS[self.metric].things
+        return f"{len(self.runs)} seed{'s' if len(self.runs) > 1 else ''} × {self.things} {things}"
 
     def minus(self, other: Row) -> Interval:
-        """The difference to another variant."""
+        """The difference to another variant: thing by thing where both are `paired`, else as if each had been asked for
+        things of its own, which is wider."""
+        if self.paired(other):
+            return paired_interval(self.right, other.right, (len(self.runs), len(other.runs)), self.spread)
         return difference_interval(self.shares, other.shares, min(self.things, other.things), self.spread)
+
+    def paired(self, other: Row) -> bool:
+        """Whether both tell of each thing that they were asked for, and were asked for the same."""
+        if self.right is None or other.right is None or self.runs[0].asked != other.runs[0].asked:
+            return False
+        return len(self.right) == len(other.right)
 
     def spent(self, cost: str) -> float | None:
         """Mean over seeds of one cost; None where it was not measured."""
@@ -648,8 +711,25 @@ class Summary:
     def runs(self) -> list[Run]:
         return [run for row in self.rows for run in row.runs]
 
+    @cached_property
+    def ways(self) -> list[Summary]:
+        """The same under each way of asking that this metric joins (by colour, by place); [] where it joins none."""
+        joined = [each for each in METRICS[self.metric].topics if each in METRICS and each != self.metric]
+        return [self.under(each) for each in joined]
+
+    def depends(self, variant: str, other: str) -> dict[str, Interval]:
+        """Way of asking -> the difference between two variants, where these differences depend on it: where their
+        intervals lie apart. {} where they do not."""
+        found = {}
+        for each in self.ways:
+            rows = each.row(variant), each.row(other)
+            if None not in rows:
+                found[METRICS[each.metric].way] = rows[0].minus(rows[1])
+        apart = len(found) > 1 and max(gap.low for gap in found.values()) > min(gap.high for gap in found.values())
+        return found if apart else {}
+
     def against(self, row: Row) -> str:
-        """The variant that this one is compared with: as in the paper, or the one that differs in one thing."""
+        """The variant that this one is compared with: as in the paper, or the one that is most alike."""
         if row.group == TEXT:
             return TEXT_REFERENCE
         paper = PAPER.get(row.variant)
@@ -659,6 +739,26 @@ class Summary:
         """To what it is compared with; None for that itself, or where it has not been run."""
         other = self.row(self.against(row))
         return None if other is None or other is row else row.minus(other)
+
+    @property
+    def pairs(self) -> str:
+        """How the intervals of differences come about, in a sentence or two; "" where there are none."""
+        compared = [row for row in self.rows if self.difference(row) is not None]
+        apart = [row.variant for row in compared if not row.paired(self.row(self.against(row)))]
+        told = []
+        if len(apart) < len(compared):
+            told.append(
+                "The interval of a difference compares two variants question by question: both were asked the same."
+            )
+        if apart:
+            whose = "differences" if len(apart) == len(compared) else f"the differences of {listed(apart)}"
+            told.append(
+                f"Of {whose} the results hold means alone, so that their intervals are as if each variant had been "
+                "asked questions of its own: wider."
+            )
+        if self.texts and self.texts[0].spread is None:
+            told.append("No variant of the group text has a second seed: its intervals count what is asked alone.")
+        return " ".join(told)
 
     def judge(self, row: Row) -> Verdict:
         """Whether our difference has the paper's sign."""
@@ -676,12 +776,17 @@ class Summary:
         if gap is None and paper.sign is None:
             return Verdict("not in the paper", f"The paper gives no number and no sign ({paper.words}).")
         if gap is not None and abs(gap) < TIMID:
-            return Verdict("cannot decide", f"The paper's {gap:+.1f} is between two single runs, and below {TIMID:g}.")
+            words = f"The paper's {gap:+.1f} is between two single runs, and smaller than {TIMID:g} point."
+            return Verdict("cannot decide", words)
         sign = paper.sign if gap is None else int(math.copysign(1, gap))
         ours = row.minus(other)
         if ours.low <= 0 <= ours.high:
             words = f"Our interval against {paper.against}, {ours.points_ends} points, includes zero."
             return Verdict("cannot decide", words)
+        by_way = self.depends(row.variant, paper.against)
+        if any(each.low <= 0 <= each.high or (each.value > 0) != (ours.value > 0) for each in by_way.values()):
+            told = " and ".join(f"{way} {each.points} points ({each.points_ends})" for way, each in by_way.items())
+            return Verdict("cannot decide", f"It depends on how a code is asked for: {told}.")
         theirs = f"{gap:+.1f} points of {self.bench}" if gap is not None else ("better" if sign > 0 else "worse")
         same = (ours.value > 0) == (sign > 0)
         mine = f"{ours.points} points against {paper.against}"
@@ -776,19 +881,21 @@ def table(runs: Sequence[Run], metric: str = "fine", bench: str = "AVG") -> Tabl
     """One row per setting and variant: ours, the paper's, the verdict, costs, and the command that makes it again."""
     columns = [*Setting._fields, "group", "variant", "seeds", "metric", "questions"]
     columns += ["mean", "deviation", "low", "high"]
-    columns += ["against", "difference", "difference_low", "difference_high", "paper", "paper_benchmark", "paper_score"]
-    columns += ["paper_difference", "verdict", "why", *COSTS, "hours", "command"]
+    columns += ["against", "difference", "difference_low", "difference_high", "paired"]
+    columns += ["paper", "paper_benchmark", "paper_score", "paper_difference"]
+    columns += ["verdict", "why", *COSTS, "hours", "command"]
     rows = []
     for each in settings(runs).values():
         found = summary(each, metric, bench)
         for row in found.rows:
             paper, verdict = PAPER.get(row.variant), found.judge(row)
+            gap, other = found.difference(row), found.row(found.against(row))
             hours = [run.hours for run in row.runs if run.hours is not None]
             rows.append(
                 (
                     *found.setting, row.group, row.variant, " ".join(map(str, row.seeds)), metric, row.n,
                     row.mean.value, row.deviation, row.mean.low, row.mean.high,
-                    found.against(row), *(found.difference(row) or (None, None, None)),
+                    found.against(row), *(gap or (None, None, None)), gap and row.paired(other),
                     paper and paper.source, bench if paper and paper.scores else None,
                     paper and paper.scores.get(bench), paper and paper.difference(bench), verdict.kind, verdict.why,
                     *(row.spent(cost) for cost in COSTS), sum(hours) if hours else None, row.command,
@@ -908,7 +1015,7 @@ def outcome(search: Search, runs: Sequence[Run]) -> str:
     picked = "" if others else " Its only run is the one that the search picked, which flatters it."
     gap = winner.minus(rule)
     ends = f"{gap.points} points on fine questions, {gap.points_ends}"
-    seeds = f"seed{'s' if len(winner.seeds) > 1 else ''} {_and(winner.seeds)} against {_and(rule.seeds)}"
+    seeds = f"seed{'s' if len(winner.seeds) > 1 else ''} {listed(winner.seeds)} against {listed(rule.seeds)}"
     if winner.spread is None:
         told = f"Undecided: {search.winner} against the rule of thumb {search.rule}, {ends}, one seed of each"
     elif gap.low <= 0 <= gap.high:
@@ -919,5 +1026,6 @@ def outcome(search: Search, runs: Sequence[Run]) -> str:
     return f"{told} ({seeds}).{picked}"
 
 
-def _and(seeds: Sequence[int]) -> str:
-    return " and ".join(filter(None, [", ".join(map(str, seeds[:-1])), str(seeds[-1])]))
+def listed(things: Sequence) -> str:
+    """ "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(map(str, things[:-1])), str(things[-1])]))

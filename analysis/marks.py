@@ -15,6 +15,7 @@ from analysis.grids import GridMap
 from analysis.lab import GROUPS, RANKINGS, SHORT_PARTS, Row, Summary, budgets
 from model.lab.variants import SETS
 
+CEILING = 0.995  # of recall: from here on variants that differ would still score the same
 WIDE_BARS = 6  # bars in one chart that have room for two words between them
 MAX_TICKS = 11  # layer labels on one axis, readable at 400 px
 MAX_TOKENS = 24  # answer tokens in one bar chart
@@ -142,11 +143,14 @@ def lab_note(found: Summary) -> str:
 
 
 def recall_note(found: Summary) -> str:
-    """How many rows of context each variant of the group "text" takes, and how many seeds there are."""
+    """How many rows of context each variant of the group "text" takes, how many seeds there are, and which variants
+    nothing here can tell apart, since they recall all."""
     rows = {row.variant: row.spent("context") for row in found.texts}
     taken = ", ".join(f"{of_text(name)} {count:.0f}" for name, count in rows.items() if count is not None)
-    note = f"{found.setting}, {_seeds(found.texts)}; bars: 95 %. {SHORT_PARTS}"
-    return note + (f" Rows of context: {taken}." if taken else "")
+    note = f"{found.setting}, {_seeds(found.texts)}; bars: 95 % of what is asked. {SHORT_PARTS}"
+    all_of_it = [of_text(row.variant) for row in found.texts if row.mean.value >= CEILING]
+    full = f" At the ceiling, so not told apart: {', '.join(all_of_it)}." if len(all_of_it) > 1 else ""
+    return note + (f" Rows of context: {taken}." if taken else "") + full
 
 
 def of_text(variant: str) -> str:

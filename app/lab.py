@@ -148,7 +148,7 @@ def _table(options: argparse.Namespace) -> Outcome:
         found = reading.summary(each, options.metric, options.bench)
         rows = [_compared(found, row) for row in found.rows]
         headers = ["variant", "seeds", "ours, %", "95 %", "against its control", f"paper {found.bench}"]
-        parts.append(f"{setting}: {found.words}\n{table([*headers, 'sign', 'context'], rows)}")
+        parts.append(f"{setting}: {found.words}\n{table([*headers, 'sign', 'context'], rows)}\n{found.pairs}")
         parts.append("\n".join(["What the paper claims:", *map(_told, claims.findings(found))]))
         written |= {f"{_slug(str(setting))}/{name}": data for name, data in files(each, found).items()}
     for each in reading.read_searches(file.with_name(results.SEARCHES.name)):

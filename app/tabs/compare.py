@@ -238,10 +238,13 @@ def _parting(asked: Sequence[Asked], answers: Sequence[Answer], i: int, j: int) 
 
 
 def thumbnail(desk: Desk, focus: Focus) -> str:
-    """The image in focus, small."""
+    """The image in focus, small; in words why it cannot be shown."""
     if not focus.images:
         return '<p class="dl-note">No image yet: upload one in the rail, or pick an example.</p>'
-    held = desk.held(focus.images[0])
+    try:
+        held = desk.held(focus.images[0])
+    except UserError as error:
+        return f'<p class="dl-error" role="alert">{markup.escape(str(error))}</p>'
     name = markup.escape(held.name)
     return f'<img class="dl-thumb" alt="{name}" title="{name}" src="{markup.data_uri(held.image, 160)}">'
 

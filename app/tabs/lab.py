@@ -30,9 +30,10 @@ from model.types import Sampling
 
 BUSY = '<p class="dl-note dl-busy" role="status">The results are being read …</p>'
 INTRO = (
-    '<p class="dl-note">Small models, one difference each: the same scenes, steps and seeds, the same frozen vision '
-    "tower unless a row says otherwise. Ours are shares of questions answered; the paper's are its benchmarks. Two "
-    "different scales, side by side: what can be compared is the sign.</p>"
+    '<p class="dl-note">Small models, as alike as the question allows: the same scenes and steps, the same frozen '
+    "vision tower unless a row says otherwise. Ours are shares of questions answered right, of each code one by colour "
+    "and one by place; the paper's are its benchmarks. Two different scales, side by side: what can be compared is the "
+    "sign.</p>"
 )
 
 PLACES = {
@@ -46,6 +47,7 @@ PLACES = {
     "dl-deal": "how tokens are dealt out",
     "dl-lab-keep": "what a budget keeps",
 }
+NOTHING, EMPTY = "–", ' class="dl-none"'  # a cell of the table without a value, left out where the window is narrow
 START_BUDGET = 50.0  # % of the rows, where the slider stands at first
 LACKING = {"dl-lab-axes": "along figure 3", "dl-lab-acuity": "acuity", "dl-lab-budget": "budget"}
 LACKING |= {"dl-lab-recall": "recall", "dl-lab-cost": "cost"}  # places that are there only where a figure can be drawn
@@ -102,8 +104,12 @@ def results(
 
 
 def deal(desk: Desk, model: str, focus: Focus) -> dict | None:
-    """The step-through picture of the image in focus, None without one."""
-    return dealing.deal_value(desk.engine(model), desk.held(focus.images[0]) if focus.images else None)
+    """The step-through picture of the image in focus, None without one; {"lacks": why} for one that is gone."""
+    try:
+        held = desk.held(focus.images[0]) if focus.images else None
+    except UserError as error:
+        return {"lacks": str(error)}
+    return dealing.deal_value(desk.engine(model), held)
 
 
 def keep(desk: Desk, ranking: str, percent: float, dark: bool, model: str, focus: Focus) -> tuple:
@@ -226,10 +232,13 @@ def head(found: Summary, full: Mapping[str, bool], searched: bool) -> str:
     """How many rows agree with the paper in sign, and what is missing. full: which figures can be drawn."""
     kinds = [found.judge(row).kind for row in found.rows]
     agree, differ, neither = (kinds.count(kind) for kind in ("agrees", "disagrees", "cannot decide"))
-    told = f"<b>{agree}</b> agree with the paper in sign, <b>{differ}</b> disagree, <b>{neither}</b> cannot decide"
+    told = f"Of our variants <b>{agree}</b> agree with the paper in sign, <b>{differ}</b> disagree"
+    told += f", <b>{neither}</b> cannot decide"
     seeds = ""
     if found.spread is not None:
-        seeds = f" · seeds lie {100 * found.spread.deviation:.1f} points apart (standard deviation, pooled)"
+        known = lab.listed([row.variant for row in found.pictures if len(row.runs) > 1])
+        seeds = f" · between seeds {100 * found.spread.deviation:.1f} points"
+        seeds += f" (standard deviation of {known}, taken for all)"
     lines = [f'<p class="dl-lab-count" role="status">{told} <span>· {found.setting}{seeds}</span></p>']
     lines.append(navigation(full, searched))
     missing = [variant for variant in lab.PAPER if found.row(variant) is None]
@@ -239,7 +248,8 @@ def head(found: Summary, full: Mapping[str, bool], searched: bool) -> str:
     elif missing:
         seeds = found.reference.seeds
         lines.append(
-            f"<details><summary>{len(missing)} rows of the paper have no run of ours at this setting</summary>"
+            f"<details><summary>{len(missing)} variants with a counterpart in the paper have no run at this setting"
+            "</summary>"
             f"{code(lab.run_command(missing, seeds, found.setting))}</details>"
         )
     return INTRO + "".join(lines) + claims_panel(found)
@@ -292,6 +302,8 @@ def results_table(desk: Desk, found: Summary) -> str:
     return (
         f'<div class="dl-panel"><h3>Row by row <small>{markup.escape(found.words)}, {found.setting}</small></h3>'
         f"{''.join(parts)}{markup.say('lab_table')}"
+        f'<p class="dl-note">{markup.escape(found.pairs)} “Numbers only” beside a row: no model of the app does what '
+        "the training of that variant does.</p>"
         f"<details><summary>What makes all of this again</summary>{again}{code('python -m app lab table')}</details>"
         "</div>"
     )
@@ -327,7 +339,7 @@ def _row(desk: Desk, found: Summary, coarse: Summary, row: Row) -> str:
     gap, verdict, paper = found.difference(row), found.judge(row), lab.PAPER.get(row.variant)
     side, control = coarse.row(row.variant), found.against(row)
     against = "" if control == row.variant else f"against {markup.escape(control)}"
-    printed, own = "–", markup.escape(lab.what(row.variant))
+    printed, own = NOTHING, markup.escape(lab.what(row.variant))
     if row.runs[0].gates:
         own += f"; learned, seed {row.seeds[0]}: {', '.join(f'{gate:.2f}' for gate in row.runs[0].gates)}"
     if paper is not None and paper.scores:
@@ -336,36 +348,40 @@ def _row(desk: Desk, found: Summary, coarse: Summary, row: Row) -> str:
     elif paper is not None and paper.sign:
         printed = f"{'better' if paper.sign > 0 else 'worse'}<small>{markup.escape(paper.source)}</small>"
     kind = verdict.kind.replace(" ", "-")
+    why = f"<small>{markup.escape(verdict.why)}</small>" if paper or not against else ""
     cells = {
         "Variant": f"<b>{markup.escape(row.variant)}</b><small>{own}</small>",
         "Ours, %": _share(row),
-        "Against its control": _points(gap, against) if against else "–",
+        "Against its control": _points(gap, against) if against else NOTHING,
         f"Paper, {found.bench}": printed,
-        "Sign": f'<span class="dl-verdict dl-{kind}">{verdict.mark} {verdict.kind}</span>'
-        f"<small>{markup.escape(verdict.why)}</small>",
-        "Coarse, %": "–" if side is None else _share(side, short=True),
+        "Sign": f'<span class="dl-verdict dl-{kind}">{verdict.mark} {verdict.kind}</span>{why}',
+        "Coarse, %": NOTHING if side is None else _share(side),
         "Cost": _costs(row),
     }
     first, *rest = cells.items()
     line = f'<th scope="row" data-label="Variant">{first[1]}</th>'
-    line += "".join(f'<td data-label="{markup.escape(name)}"><div>{value}</div></td>' for name, value in rest)
+    line += "".join(
+        f'<td data-label="{markup.escape(name)}"{EMPTY * (value == NOTHING)}><div>{value}</div></td>'
+        for name, value in rest
+    )
     return f'<tr>{line}</tr><tr class="dl-lab-again"><td colspan="7">{code(row.command)}{_offer(desk, row)}</td></tr>'
 
 
-def _share(row: Row, short: bool = False) -> str:
-    ends = "" if short else f"{row.mean.percent_ends}, <br>"
-    return f"<span>{row.percent}</span><small>{ends}{row.counted} × {row.n}</small>"
+def _share(row: Row) -> str:
+    seeds = f": {', '.join(f'{100 * share:.1f}' for share in row.shares)}" if len(row.runs) > 1 else ""
+    return f"<span>{row.mean.percent}</span><small>{row.mean.percent_ends}, <br>{row.counted}{seeds}</small>"
 
 
 def _points(gap: Interval | None, against: str) -> str:
     if gap is None:
-        return f"–<small>{against}: not run</small>"
+        return f"{NOTHING}<small>{against}: not run</small>"
     return f"{gap.points}<small>{gap.points_ends}, <br>{against}</small>"
 
 
 def _costs(row: Row) -> str:
     def told(name: str, *costs: tuple) -> str:
-        shown = [show(value) for cost, show in costs if (value := row.spent(cost))]
+        # a number stays with its unit
+        shown = [show(value).replace(" ", "\u00a0") for cost, show in costs if (value := row.spent(cost))]
         return f"{name} {', '.join(shown)}".strip() if shown else ""
 
     def flops(value: float) -> str:
@@ -381,7 +397,7 @@ def _costs(row: Row) -> str:
         told("", ("parameters", lambda value: f"{si(value)} parameters".replace("  ", " "))),
     ]
     context = told("", ("context", lambda value: f"{value:.0f} rows"))
-    return f"{context or '–'}<small>{', <br>'.join(filter(None, lines))}</small>"
+    return f"{context or NOTHING}<small>{', <br>'.join(filter(None, lines))}</small>"
 
 
 def si(value: float) -> str:
@@ -406,13 +422,13 @@ def _offer(desk: Desk, row: Row) -> str:
 
 
 def _unshipped(variant: str) -> str:
-    """Why a variant cannot be asked here."""
+    """What is said of a variant that cannot be asked here: no model of the app does what its training does, or what
+    makes its model."""
     try:
         ship.check(variant_of(variant))
     except UserError:
-        return "It has numbers only: no model of the app does what its training does."
-    command = f"python -m app lab ship {markup.escape(variant)}"
-    return f"It does not ship: after its run here, <code>{command}</code> makes its model."
+        return "numbers only"
+    return f"to ask it, <code>lab ship {markup.escape(variant)}</code> after its run"
 
 
 def code(command: str) -> str:
@@ -465,23 +481,25 @@ def build(desk: Desk, *, tab, model, focus, dark, examples) -> tuple:
             with gr.Column(elem_classes=["dl-panel"]):
                 axes = gr.Plot(show_label=False, container=False, elem_id="dl-lab-axes")
                 gr.HTML(markup.say("lab_axes", said_along()), apply_default_css=False)
+            with gr.Column():  # together about as tall as what is beside them
+                with gr.Column(elem_classes=["dl-panel"]):
+                    acuity = gr.Plot(show_label=False, container=False, elem_id="dl-lab-acuity")
+                    curves = gr.Dropdown([], label="Curves", multiselect=True, max_choices=9, allow_custom_value=True)
+                    gr.HTML(markup.say("acuity"), apply_default_css=False)
+                with gr.Column(elem_classes=["dl-panel"]):
+                    budgets = gr.Plot(show_label=False, container=False, elem_id="dl-lab-budget")
+                    gr.HTML(markup.say("lab_budget"), apply_default_css=False)
+        with gr.Row(elem_classes=["dl-plots"]):
             with gr.Column(elem_classes=["dl-panel"]):
-                acuity = gr.Plot(show_label=False, container=False, elem_id="dl-lab-acuity")
-                curves = gr.Dropdown([], label="Curves", multiselect=True, max_choices=9, allow_custom_value=True)
-                gr.HTML(markup.say("acuity"), apply_default_css=False)
-        with gr.Column(elem_classes=["dl-panel"]):
-            budgets = gr.Plot(show_label=False, container=False, elem_id="dl-lab-budget")
-            gr.HTML(markup.say("lab_budget"), apply_default_css=False)
-        with gr.Column(elem_classes=["dl-panel"]):
-            recall = gr.Plot(show_label=False, container=False, elem_id="dl-lab-recall")
-            gr.HTML(markup.say("lab_recall"), apply_default_css=False)
-        with gr.Column(elem_classes=["dl-panel"]):
-            spent = gr.Plot(show_label=False, container=False, elem_id="dl-lab-cost")
-            cost = gr.Dropdown(
-                [(f"{each.words} ({each.unit})", key) for key, each in lab.COSTS.items()], value="context",
-                label="Cost", filterable=False,
-            )  # fmt: skip
-            gr.HTML(markup.say("lab_cost"), apply_default_css=False)
+                recall = gr.Plot(show_label=False, container=False, elem_id="dl-lab-recall")
+                gr.HTML(markup.say("lab_recall"), apply_default_css=False)
+            with gr.Column(elem_classes=["dl-panel"]):
+                spent = gr.Plot(show_label=False, container=False, elem_id="dl-lab-cost")
+                cost = gr.Dropdown(
+                    [(f"{each.words} ({each.unit})", key) for key, each in lab.COSTS.items()], value="context",
+                    label="Cost", filterable=False,
+                )  # fmt: skip
+                gr.HTML(markup.say("lab_cost"), apply_default_css=False)
         searched = gr.HTML("", apply_default_css=False, elem_id="dl-lab-search")
         with gr.Row(elem_classes=["dl-take"]):
             what = gr.Dropdown(list(FIGURES), value="variants", label="Take away", scale=2, filterable=False)

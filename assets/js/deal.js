@@ -14,9 +14,12 @@
     function take() {
       data = props.value && props.value.samplings ? props.value : null;
       if (!data) {
+        const lacks = props.value && props.value.lacks;
         root.replaceChildren(html('div', { class: 'dl-empty' }, [
-          html('b', { text: 'No image yet' }),
-          html('p', { text: 'Pick an example below, or upload an image in the rail: its tokens are then dealt out here.' }),
+          html('b', { text: lacks ? 'No image' : 'No image yet' }),
+          html('p', {
+            text: lacks || 'Pick an example below, or upload an image in the rail: its tokens are then dealt out here.',
+          }),
         ]));
         shown = '';
         return;

@@ -6,9 +6,10 @@ Every number that is shown of the lab comes from this file. Knows nothing about 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from filelock import FileLock
 
 from model.errors import UserError
@@ -35,6 +36,20 @@ def lines(path: Path = RESULTS) -> Iterator[tuple[int, dict]]:
         if not isinstance(record, dict):
             raise UserError(f"{short(path)}, line {number}, is no finished run: it is no JSON object. {AGAIN}")
         yield number, record
+
+
+def packed(right: Sequence[bool]) -> str:
+    """Which questions were answered right, as a line holds it: hexadecimal, four questions a digit, the first one the
+    highest bit of the first digit."""
+    return np.packbits(np.array(right, bool)).tobytes().hex()
+
+
+def unpacked(text: str, n: int) -> np.ndarray:
+    """What `packed` made of n questions (bool `[n]`). ValueError for a text of another length, or no such text."""
+    right = np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8)).astype(bool)
+    if len(right) != -(-n // 8) * 8:
+        raise ValueError(f"it tells of {len(right)} questions, not of {n}")
+    return right[:n]
 
 
 def key_of(record: dict) -> str:

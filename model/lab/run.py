@@ -204,20 +204,24 @@ def learned(twin: LabTwin | TextTwin) -> dict:
 
 
 def marks(answers: Iterable[tuple[Question, torch.Tensor]]) -> dict:
-    """Exact match by kind, of fine questions also characters and first characters, by what singles the text out (ink,
-    place) and by glyph height, or of a text's by the part of it that was asked for."""
+    """Exact match by kind, of fine questions also characters and first characters, by topic (what singles the text out:
+    ink or place; or recall) and by glyph height, or of a text's by the part of it that was asked for. Each topic, and
+    each kind without topics, also with which of its questions are right, in the test set's order."""
     by_kind: dict[str, list[torch.Tensor]] = {}
     by_topic: dict[str, list[torch.Tensor]] = {}
     by_height: dict[float, list[torch.Tensor]] = {}
     by_part: dict[float, list[torch.Tensor]] = {}
     for question, right in answers:
         by_kind.setdefault(question.kind, []).append(right)
+        if question.kind == "fine":
+            by_topic.setdefault(question.topic, []).append(right)
         if isinstance(question, texts.Recall):
             by_part.setdefault(question.part, []).append(right)
         elif question.kind == "fine":
-            by_topic.setdefault(question.topic, []).append(right)
             by_height.setdefault(question.glyph_px, []).append(right)
     found = {name: _share(of) for name, of in (by_kind | by_topic).items()}
+    for name, of in ({kind: each for kind, each in by_kind.items() if kind != "fine"} | by_topic).items():
+        found[name]["right"] = results.packed([bool(right.all()) for right in of])
     found["fine"]["characters"] = round(float(np.mean([float(r[:-1].float().mean()) for r in by_kind["fine"]])), 4)
     found["fine"]["first_character"] = round(float(np.mean([bool(r[0]) for r in by_kind["fine"]])), 4)
     for name, each in (("by_glyph_px", by_height), ("by_position", by_part)):

@@ -31,6 +31,7 @@ def test_the_map_is_empty_where_nothing_is_kept():
     shown = budget.kept_map(counts, 4, grid)
     assert np.isnan(shown.values.flat[0]) and shown.values.flat[1] == 1 and shown.scale() == (0, 4)
     assert shown.values.shape == grid.grid and shown.unit == "of 4"
+    assert shown.note == "A row without colour keeps none."
 
 
 def test_the_share_that_enters_is_that_of_the_labs_variants_and_of_what_is_kept():

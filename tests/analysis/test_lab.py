@@ -10,12 +10,24 @@ from transformers import CLIPVisionConfig
 from analysis import lab
 from analysis.lab import Setting
 from model.errors import UserError
+from model.lab import results
 from model.lab.scenes import TOWER
 from model.lab.variants import TAPPED, VARIANTS
 from tests import lab as made
 from tests.lab import line
 
 PARTLESS = {"fine": {"n": 5, "exact_match": 1}, "by_position": {"1": {"exact_match": 1}}}
+
+
+def told(ink, place, **of_place):
+    """A line's accuracy that tells which questions were right."""
+    fine = {"n": 2 * len(ink), "exact_match": (np.mean(ink) + np.mean(place)) / 2}
+    topics = {
+        topic: {"n": len(right), "exact_match": float(np.mean(right)), "right": results.packed(right)}
+        for topic, right in (("ink", ink), ("place", place))
+    }
+    topics["place"] |= of_place
+    return {"accuracy": {"fine": fine, **topics}}
 
 
 def runs(tmp_path, *lines):
@@ -57,6 +69,8 @@ def test_a_run_is_read_back(tmp_path):
         (json.dumps(line("none") | {"accuracy": {}}), "neither fine nor coarse"),
         (json.dumps(line("text-full") | {"accuracy": PARTLESS}), "its accuracy for 1 lacks n"),
         (json.dumps(line("none") | {"cost": {"context": "long"}}), "its cost context is 'long'"),
+        (json.dumps(line("none", **told([1, 0], [1, 1], exact_match=0.5))), "for place 1.0000 are right, not 0.5"),
+        (json.dumps(line("none", **told([1, 0], [1] * 9, n=2))), "it tells of 16 questions, not of 2"),
     ],
 )
 def test_a_broken_line_is_named_by_file_and_number(tmp_path, broken, said):
@@ -122,6 +136,70 @@ def test_seeds_that_scatter_widen_every_interval_and_equal_ones_do_not_make_it_v
     assert gap.high - gap.value == pytest.approx(gap.value - gap.low)
 
 
+def test_a_difference_of_the_same_questions_is_that_of_pairs(tmp_path):
+    """By hand: four codes, of which one reads 2, 1, 1 and 0 of both questions and the other 1, 1, 0 and 0: 1/2, 0, 1/2
+    and 0 better. Their deviation is 1/sqrt(12), so that of the mean 1/sqrt(48); Student's quantile of 3 is 3.182."""
+    one = line("none", **told([1, 1, 1, 0], [1, 0, 0, 0]))
+    two = line("stack-2d", **told([1, 1, 0, 0], [0, 0, 0, 0]))
+    found = summary(tmp_path, one, two)
+    none, stacks = found.row("none"), found.row("stack-2d")
+    assert none.right.tolist() == [1, 0.5, 0.5, 0] and none.paired(stacks)
+    gap = none.minus(stacks)
+    assert gap.value == pytest.approx(0.25) and gap.value - gap.low == pytest.approx(3.182 / math.sqrt(48), abs=1e-3)
+    assert gap.high - gap.value == pytest.approx(gap.value - gap.low)
+    assert found.pairs.endswith("question by question: both were asked the same.")
+    (ours,) = (each for each in lab.table(runs(tmp_path, one, two)).records() if each["variant"] == "none")
+    assert ours["paired"] is True
+    by_colour = summary(tmp_path, one, two, metric="ink")
+    assert by_colour.row("none").right.tolist() == [1, 1, 1, 0]
+
+
+def test_seeds_widen_the_difference_of_pairs_too(tmp_path):
+    wild = lab.Spread(0.05, 4)
+    same = np.array([1.0, 0.0] * 500)
+    gap = lab.paired_interval(same, same, (3, 1), wild)
+    assert gap.value == 0 and gap.high == pytest.approx(2.776 * 0.05 * math.sqrt(1 / 3 + 1), abs=1e-4)
+    assert lab.paired_interval(same, same) == (0, 0, 0)
+
+
+def test_lines_that_hold_only_means_are_compared_as_if_each_had_its_own_questions(tmp_path):
+    pair = told([1, 1, 1, 0], [1, 0, 0, 0])
+    lines = [line("none", **pair), line("stack-2d", **pair), line("dummy", **told([1, 1], [0, 1])), line("gate", 0.5)]
+    found = summary(tmp_path, *lines)
+    one, other = found.row("gate"), found.reference
+    assert one.right is None and not one.paired(other) and not other.paired(one)
+    assert not found.row("dummy").paired(other)  # of another test set
+    assert "Of the differences of dummy and gate the results hold means alone" in found.pairs
+    assert one.minus(other) == lab.difference_interval([0.5], [0.5], 4)
+    assert summary(tmp_path, metric="characters").pairs.startswith("Of differences the results hold means alone")
+    lines[1]["accuracy"] = {name: of for name, of in pair["accuracy"].items() if name != "place"}
+    assert summary(tmp_path, *lines).reference.right is None  # half of its questions
+    mixed = summary(tmp_path, line("none", **pair), line("none", 0.5, seed=1))
+    assert mixed.row("none").right is None and mixed.pairs == ""
+    short = line("none", seed=1, **told([1, 1], [0, 1]))  # of another test set than seed 0
+    assert summary(tmp_path, line("none", **pair), short).row("none").right is None
+    elsewhere = summary(tmp_path, line("none", **pair), line("stack-2d", config={"scenes_seeds": [1, 2, 3]}, **pair))
+    assert not elsewhere.row("none").paired(elsewhere.reference)
+
+
+def test_a_sign_that_depends_on_how_a_code_is_asked_for_decides_nothing(tmp_path):
+    """By colour the grid reads less than the reference, by place more: in all it reads less, as in the paper."""
+    grid = line("stack-grid", **told([1, 0, 0, 0] * 50, [1, 1, 1, 1] * 50))
+    ours = [line("stack-2d", seed=seed, **told([1, 1, 1, 1] * 50, [1, 1, 1, 0] * 50)) for seed in (0, 4)]
+    found = summary(tmp_path, grid, *ours)
+    row = found.row("stack-grid")
+    assert found.difference(row).high < 0
+    verdict = found.judge(row)
+    assert verdict.kind == "cannot decide" and "by colour -75.0 points (" in verdict.why
+    assert "and by place +25.0 points (" in verdict.why
+    less = summary(tmp_path, line("stack-grid", **told([1, 0, 0, 0] * 50, [1, 1, 0, 0] * 50)), *ours)
+    assert less.judge(less.row("stack-grid")).kind == "agrees"  # by colour much less, by place a little
+
+
+def test_no_difference_is_below_zero():
+    assert lab.Interval(-0.0001, -0.0004, 0.0001).points == "+0.0"
+
+
 def test_a_code_that_is_asked_for_twice_counts_once(tmp_path):
     """By colour and by place: 600 questions ask for 300 codes; those of a text each for a fact of their own."""
     found = summary(tmp_path)
@@ -155,7 +233,7 @@ def test_signs_beside_the_papers(tmp_path):
         **{"text-truncated": "reference", "text-full": "not in the paper", "text-stack-dilated": "not in the paper"},
     }
     assert "includes zero" in found.judge(found.row("concat")).why
-    assert "below 1" in found.judge(found.row("string")).why  # 50.7 against 51.1 on average …
+    assert "smaller than 1" in found.judge(found.row("string")).why  # 50.7 against 51.1 on average …
     documents = summary(tmp_path, bench="DocVQA")
     assert documents.judge(documents.row("string")).kind == "agrees"  # … but 43.5 against 38.7 on documents
     read = summary(tmp_path, bench="TextVQA")

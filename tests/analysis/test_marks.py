@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from analysis import marks
+from analysis import lab, marks
 from analysis.grids import GridMap
+from tests import lab as made
 
 
 def test_layer_ticks_end_with_the_output():
@@ -62,3 +63,12 @@ def test_one_scale_for_several_maps():
     maps = [GridMap(np.array([[low, high]]), "x", "RMS", (2, 1)) for low, high in ((0.0, 1.0), (0.0, 4.0))]
     assert marks.common_scale(maps, fixed=False) == (0, 4)
     assert marks.title(maps[0]) == "x, RMS"
+
+
+def test_variants_that_recall_all_are_said_not_to_be_told_apart(tmp_path):
+    told = {"text-full": 1.0, "text-stack-dilated": 0.996, "text-truncated": 0.24}
+    lines = [made.line(name, share) for name, share in told.items()]
+    note = marks.recall_note(lab.summary(lab.read(made.write(tmp_path / "results.jsonl", lines))))
+    assert note.endswith("At the ceiling, so not told apart: full, stack-dilated.")
+    alone = marks.recall_note(lab.summary(lab.read(made.write(tmp_path / "results.jsonl", lines[::2]))))
+    assert "ceiling" not in alone

@@ -12,7 +12,7 @@ from app.cli import main
 from app.lab import card
 from model import loading
 from model.catalog import describe_models
-from model.lab import results
+from model.lab import many, results, search
 from model.lab import run as lab
 from model.lab.variants import VARIANTS
 from model.training.tower import precision_on
@@ -89,13 +89,21 @@ def test_runs_go_through_ray_and_are_written_once(said, tmp_path, monkeypatch):
 
 @pytest.mark.timeout(900)  # Ray starts five times, each in a minute where the machine is busy
 def test_a_search_spends_its_budget_and_meets_the_rule_of_thumb(said, tmp_path, monkeypatch):
-    """Two candidates, the better goes on; it and the rule are tested; a second call finds all done."""
+    """Two candidates, the better goes on; it dies while it is tested, and the same command goes on there; it and the
+    rule are tested; another call finds all done."""
     monkeypatch.setitem(lab.SIZES, "tiny", TINY)
     file = tmp_path / "results.jsonl"
     argv = ["search", "--size", "tiny", "--steps", "4", "--budget", "6", "--device", "cpu", "--results", str(file)]
     argv += ["--workdir", str(tmp_path / "work")]
+    real = many.through_ray
+    with monkeypatch.context() as patch:
+        dead = [(0, many.Died("of old age"))]
+        patch.setattr(many, "through_ray", lambda fn, *rest: dead if fn is search.finish else real(fn, *rest))
+        code, _, err = said(*argv)
+    assert code == 2 and f"died {many.RETRIES + 1} times (of old age); the same command goes on" in err
+    assert not (tmp_path / "search.jsonl").exists() and not file.exists()
     code, out, err = said(*argv)
-    assert code == 0, err
+    assert code == 0 and "2 runs, 2 of them there already" in err, err
     (line,) = (tmp_path / "search.jsonl").read_text().splitlines()
     record = json.loads(line)
     assert record["spent"] == 6 and [len(rung["ranking"]) for rung in record["rungs"]] == [2, 1]
@@ -128,7 +136,11 @@ def test_the_table_stands_beside_the_papers_and_can_be_taken_away(said, tmp_path
     assert "contradicted: A sample should cover the whole image" in told
     assert "    stack-2d above stack-grid: fails, -10.0 points" in told
     lines = {line.split()[0]: line.split() for line in rows.splitlines() if line}
-    assert lines["dummy"][:4] == ["dummy", "3", "11.0", "±"] and "agrees" in lines["dummy"] and "49.1" in lines["dummy"]
+    assert (
+        lines["dummy"][:4] == ["dummy", "3", "11.0", "(11.0,"]
+        and "agrees" in lines["dummy"]
+        and "49.1" in lines["dummy"]
+    )
     names = {path.name for path in (tmp_path / "taken").rglob("*.*")}
     assert {"lab-variants.csv", "lab-recall.csv", "lab-axes.svg", "lab-cost.png"} <= names and len(names) == 15
     assert "text-truncated" in lines["text-full"]

@@ -78,6 +78,7 @@ def test_the_current_question_is_filled_in_once(desk, focus):
     assert (question, truth) == (focus.question, "5.63") and "<img" in image
     assert compare.opened(desk, "my own", "mine", filled, focus)[:2] == ("my own", "mine")
     assert "No image yet" in compare.opened(desk, "", "", new, Focus())[3]
+    assert "no longer held here" in compare.opened(desk, "", "", new, Focus(images=("dropped",)))[3]
 
 
 def test_the_truth_of_one_image_is_not_that_of_the_next(desk, focus):

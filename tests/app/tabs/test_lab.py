@@ -67,7 +67,11 @@ def test_all_views_of_a_full_file(desk, results):
     for variant in made.MADE_UP:
         seeds = "0" if variant == "gate" else "0,1,2"
         assert lab.code(f"python -m app lab run {variant} --seeds {seeds} --steps 2000 --again") in table
-    assert "49.1 (-2.0)" in table and "10.0 ± 1.0" in table and reading.CANNOT_SAY["sampling"][:20] in table
+    assert (
+        "49.1 (-2.0)" in table
+        and "3 seeds × 300 codes: 10.0, 11.0, 9.0" in table
+        and reading.CANNOT_SAY["sampling"][:20] in table
+    )
     assert "global-string" in head.replace("&#45;", "-")  # of the paper, without a run of ours
 
 
@@ -138,10 +142,10 @@ def test_a_variant_is_offered_where_its_checkpoint_ships(desk, results, monkeypa
     assert "data-go" not in lab.results(desk, False, *CHOICES)[4]
     monkeypatch.setattr(desk.zoo, "offered", (*desk.zoo.offered, "embedded/lab-none"))
     table = lab.results(desk, False, *CHOICES)[4]
-    assert table.count("data-go=") == 2 and table.count("makes its model.") == 1
+    assert table.count("data-go=") == 2 and table.count("to ask it, <code>lab ship ") == 1
     assert lab.shipped(desk, "none") == "embedded/lab-none" and lab.shipped(desk, "stack-2d") == ""
     made.write(results, [line("stack-2d"), line("budget-50")])
-    assert lab.results(desk, False, *CHOICES)[4].count("It has numbers only") == 1
+    assert lab.results(desk, False, *CHOICES)[4].count(">numbers only<") == 1
 
 
 def test_links_lead_to_what_there_is(desk, results):
@@ -179,6 +183,8 @@ def test_numbers_with_prefixes():
 def test_the_picture_follows_the_image_in_focus(desk, focus):
     assert lab.deal(desk, HIRES, Focus()) is None
     assert lab.deal(desk, HIRES, focus)["name"] == "receipt.png"
+    gone = Focus(images=("dropped",))
+    assert lab.deal(desk, HIRES, gone) == {"lacks": "This image is no longer held here; upload it again."}
 
 
 def test_the_sliders_budget_stands_on_the_curve(desk, results):

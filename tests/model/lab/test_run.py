@@ -32,7 +32,11 @@ def test_every_variant_trains_two_steps_and_says_what_it_is(workdir, name):
     assert results.key_of(record) == made.key()
     assert record["group"] == VARIANTS[name].group and record["steps"] == 2 and record["device"] == "cpu"
     accuracy, text = record["accuracy"], VARIANTS[name].merge in TEXTS
-    assert set(accuracy) == ({"fine", "by_position"} if text else {"fine", "coarse", "ink", "place", "by_glyph_px"})
+    topics = {"recall"} if text else {"ink", "place"}
+    assert set(accuracy) == {"fine", *topics} | ({"by_position"} if text else {"coarse", "by_glyph_px"})
+    for topic in topics | ({"coarse"} if not text else set()):
+        told = accuracy[topic]
+        assert results.unpacked(told["right"], told["n"]).mean() == pytest.approx(told["exact_match"], abs=1e-4)
     assert text or accuracy["ink"]["n"] + accuracy["place"]["n"] == accuracy["fine"]["n"]
     assert set(accuracy["fine"]) == {"n", "exact_match", "characters", "first_character"}
     parts = accuracy["by_position" if text else "by_glyph_px"].values()
@@ -52,11 +56,31 @@ def test_marks_by_kind_topic_and_height():
     right = [torch.tensor(each).bool() for *_, each in told] + [torch.tensor([False, True])]
     assert lab.marks(zip(asked, right, strict=True)) == {
         "fine": {"n": 4, "exact_match": 0.75, "characters": 0.875, "first_character": 1.0},
-        "coarse": {"n": 1, "exact_match": 0.0},
-        "ink": {"n": 2, "exact_match": 1.0},
-        "place": {"n": 2, "exact_match": 0.5},
+        "coarse": {"n": 1, "exact_match": 0.0, "right": "00"},
+        "ink": {"n": 2, "exact_match": 1.0, "right": "c0"},
+        "place": {"n": 2, "exact_match": 0.5, "right": "40"},
         "by_glyph_px": {"6": {"n": 2, "exact_match": 0.5}, "8": {"n": 2, "exact_match": 1.0}},
     }
+
+
+def test_which_questions_were_right_is_read_back():
+    right = [True, False, False, True, True, False, True, False, True]
+    assert results.packed(right) == "9a80"  # by hand: 1001 1010 1, then nothing
+    assert results.unpacked("9a80", 9).tolist() == right
+    for text, n in (("9a80", 17), ("9a80", 8), ("9", 3), ("zz", 8)):
+        with pytest.raises(ValueError):
+            results.unpacked(text, n)
+
+
+def test_colour_and_place_ask_for_the_same_codes_in_the_same_order(workdir):
+    """What lets the two questions about a code count as one thing, and two variants be compared code by code."""
+    tested = scenes.prepare(workdir, TINY.scenes, TINY.validation, TINY.test, device="cpu").test[0]
+    for items in tested.items:
+        by_topic = {
+            topic: [(item.question.answer, item.cells) for item in items if item.question.topic == topic]
+            for topic in ("ink", "place")
+        }
+        assert by_topic["ink"] == by_topic["place"] and len(by_topic["ink"]) <= lab.MOST // 2
 
 
 def test_what_a_variant_learns_changes_in_training(workdir):
