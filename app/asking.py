@@ -143,15 +143,17 @@ def example_of(desk: Desk, images: Sequence[str]) -> str:
     return images[0] if len(images) == 1 and images[0] in desk.examples else ""
 
 
+def truth_of(desk: Desk, example: str, question: str) -> str:
+    """An example's right answer, to its own question; "" to any other."""
+    known = desk.examples.get(example)
+    return known.answer if known and question.strip().lower() == known.question.lower() else ""
+
+
 def refocused(desk: Desk, focus: Focus, record: str, asked: Asked) -> Focus:
-    """The focus on a new answer; an example's right answer is known for its own question. The images stay where the
-    answer is one of a conversation about them."""
+    """The focus on a new answer. The images stay where the answer is one of a conversation about them."""
     images = asked.images or focus.images
     example = example_of(desk, images)
-    found = focus.on(record, asked.question, images, example)
-    if example and asked.question.lower() == desk.examples[example].question.lower():
-        found = replace(found, truth=desk.examples[example].answer)
-    return found
+    return focus.on(record, asked.question, images, example, truth_of(desk, example, asked.question))
 
 
 def turned(desk: Desk, session: Session, since: Focus, focus: Focus) -> bool:

@@ -61,7 +61,8 @@ def restore(desk: Desk, request: gr.Request, progress=gr.Progress()) -> tuple:  
     engine = attempt(lambda: desk.engine(place.model, progress), lambda: desk.engine(None, progress))
     plan = attempt(lambda: desk.plan(place.plan or None, engine), lambda: engine.layout.default)
     focus = attempt(lambda: focused(desk, place.example), Focus) if place.example else Focus()
-    focus = replace(focus, question=place.question or focus.question)
+    question = place.question or focus.question
+    focus = replace(focus, question=question, truth=asking.truth_of(desk, focus.example, question))
     held = desk.held(focus.images[0]) if focus.images else None
     return (
         Session().known(),
@@ -124,6 +125,22 @@ def choose_example(desk: Desk, name: str, model: str, plan: str, session: Sessio
     engine = desk.engine(model)
     held = desk.held(name)
     return focus, views_value(engine, held), sees(held), follow(desk, model, plan, focus)
+
+
+def compare_example(
+    desk: Desk, name: str, model: str, plan: str, session: Session, question: str, truth: str, filled: tuple
+) -> tuple:
+    """An example comes into focus and into Compare at once: no other image is ever run with its question or judged by
+    its right answer. Returns what `choose_example` returns, then what `compare.opened` does."""
+    focus, *rest = choose_example(desk, name, model, plan, session)
+    return focus, *rest, *compare.opened(desk, question, truth, filled, focus)
+
+
+def live_example(desk: Desk, name: str, model: str, plan: str, session: Session) -> tuple:
+    """An example comes into focus, and its question into the box of Stacks at once: a switch that is thrown before it
+    is answered asks it, and not the one before. Returns what `choose_example` returns, then the question."""
+    focus, *rest = choose_example(desk, name, model, plan, session)
+    return focus, *rest, focus.question
 
 
 def follow(desk: Desk, model: str, plan: str, focus: Focus):
@@ -260,12 +277,14 @@ def build(zoo: Zoo, limits: Limits | None = None) -> gr.Blocks:
             bound(choose_image, desk), [upload, model, plan, session, focus], [session, focus, views, note, link],
             api_name="choose_image", show_progress="hidden",
         ).success(*fill, js="(...values) => (lens.emit('image'), values)", api_name="fill_image", **quiet)  # fmt: skip
-        pick = (bound(choose_example, desk), [picked, model, plan, session], [focus, views, note, link])
+        pick = ([picked, model, plan, session], [focus, views, note, link])
         newest = {"js": "(name, ...rest) => [lens.picked, ...rest]", "trigger_mode": "always_last"}
-        compare_cards.pick(*pick, api_name="compare_example", **newest, **quiet).success(
-            *fill, api_name="fill_example", **quiet
-        )
-        lab_cards.pick(*pick, api_name="lab_example", **newest, **quiet)
+        _, (*boxes, _), filling = fill
+        compare_cards.pick(
+            bound(compare_example, desk), [*pick[0], *boxes], [*pick[1], *filling], api_name="compare_example",
+            **newest, **quiet,
+        )  # fmt: skip
+        lab_cards.pick(bound(choose_example, desk), *pick, api_name="lab_example", **newest, **quiet)
         lab_table.chat(
             bound(chat_with, desk), [picked, focus],
             [model, tabs, plan, picture, views, pills, note, talk.remember, link],
@@ -275,9 +294,10 @@ def build(zoo: Zoo, limits: Limits | None = None) -> gr.Blocks:
             bound(put_into_compare, desk), [picked, *columns[:2]], [tabs, *columns],
             api_name="lab_compare", show_progress="minimal", **newest,
         )  # opening the tab fills in the question  # fmt: skip
-        live_cards.pick(*pick, api_name="live_example", **newest, **quiet).success(
-            **live, api_name="live_example_answer"
-        )
+        live_cards.pick(
+            bound(live_example, desk), pick[0], [*pick[1], live["outputs"][0]], api_name="live_example",
+            **newest, **quiet,
+        ).success(**live, api_name="live_example_answer")  # fmt: skip
     demo.queue(max_size=WAITING, default_concurrency_limit=8)
     return demo
 

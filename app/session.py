@@ -76,10 +76,9 @@ class Focus:
     record: str = ""  # the last answer
     before: str = ""  # the answer before it, to the same question
 
-    def on(self, record: str, question: str, images: tuple[str, ...], example: str) -> Focus:
+    def on(self, record: str, question: str, images: tuple[str, ...], example: str, truth: str = "") -> Focus:
         """Turned to a new answer; the one before is kept when it answered the same question about the same image."""
         same = (question, images) == (self.question, self.images)
-        truth = self.truth if same else ""
         return Focus(images, example, question, truth, record, self.record if same else "")
 
 

@@ -48,6 +48,9 @@ def test_everything_comes_back(desk):
     _, focus, model, plan, picture, views, _, note, box, _, tabs, link = page.restore(desk, at(**query))
     assert (model, plan, box["text"], tabs.selected) == (TAPS, "base@0,2@1*0.5", "What?", "stacks")
     assert focus.example == "signs.png" and focus.question == "What?" and views["name"] == "signs.png"
+    assert focus.truth == ""  # is known of the example's own question
+    own = at(x="signs.png", q="what is on the orange sign?")
+    assert page.restore(desk, own)[1].truth == page.restore(desk, at(x="signs.png"))[1].truth == "EAGLE"
     assert link == "?m=embedded/taps&p=base@0,2@1*0.5&x=signs.png&q=What%3F"
 
 
@@ -107,6 +110,16 @@ def test_bad_files_are_one_sentence_or_converted(desk, tmp_path, name):
 def test_an_example_comes_with_its_question_and_truth(desk):
     focus, views, note, link = page.choose_example(desk, "signs.png", HIRES, "none", Session())
     assert focus.truth == "EAGLE" and views["name"] == "signs.png" and "x=signs.png" in link
+
+
+def test_an_example_comes_into_compare_and_stacks_with_its_question_at_once(desk):
+    """Else what is clicked before the question follows asks the one before, of the new image."""
+    chosen = (desk, "signs.png", HIRES, "none", Session())
+    focus, *_, question, truth, filled, image = page.compare_example(*chosen, "before?", "42", ("before?", ("i",)))
+    assert (question, truth) == (focus.question, "EAGLE") == ("What is on the orange sign?", "EAGLE")
+    assert filled == (focus.question, ("signs.png",)) and "signs&#46;png" in image
+    focus, *_, question = page.live_example(*chosen)
+    assert (focus.images, question) == (("signs.png",), "What is on the orange sign?")
 
 
 def test_a_variant_of_the_lab_goes_to_the_chat_and_into_compare(desk, focus):

@@ -37,7 +37,7 @@ def test_a_session_is_not_changed_in_place():
 def test_focus_keeps_the_answer_before_for_the_same_question_only():
     first = Focus().on("r1", "q", ("i",), "x")
     assert (first.record, first.before) == ("r1", "")
-    again = dataclasses.replace(first, truth="t").on("r2", "q", ("i",), "x")
+    again = first.on("r2", "q", ("i",), "x", "t")
     assert (again.record, again.before, again.truth) == ("r2", "r1", "t")
     other = again.on("r3", "other", ("i",), "x")
     assert (other.before, other.truth) == ("", "")

@@ -350,6 +350,12 @@ def test_a_narrow_window_shows_everything_without_scrolling_sideways(visit, dark
         assert visitor.overflow() == 0, name
         cut = "cards => cards.filter(card => card.scrollWidth > card.clientWidth).length"
         assert page.locator(".dl-subset").evaluate_all(cut) == 0, "the dots of all stacks"
+    bare = visit(path="/?t=compare", size=NARROW, dark=dark).page
+    expect(bare.locator("#dl-compare-image")).to_contain_text("No image yet")
+    box = bare.locator("#dl-compare-question textarea").first.bounding_box()
+    assert box["width"] > 150 and box["x"] + box["width"] < NARROW[0], (
+        "the question beside what there is instead of an image"
+    )
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(255, 255, 255)") is not dark
 
