@@ -54,7 +54,7 @@ def theme() -> gr.themes.Base:
         button_primary_background_fill_dark="#2a6db8",
         button_primary_background_fill_hover_dark="#3a7fca",
         button_primary_text_color="#ffffff",
-        input_background_fill="#ffffff",
+        input_background_fill="#f4f6f8",
         input_background_fill_dark="#1b1f26",
     )
 
