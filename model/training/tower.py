@@ -43,9 +43,11 @@ def accelerator_for(device: str | None) -> Accelerator:
 
 
 def precision_on(device: str) -> str:
-    """In what training multiplies matrices on "cuda" or on this machine's "cpu": bfloat16 on CUDA and on CPUs with
-    matrix units for it (AMX), where a step takes 0.22 instead of 0.36 s, else float32."""
-    return "bfloat16" if device == "cuda" or torch.cpu._is_amx_tile_supported() else "float32"
+    """In what training multiplies matrices on "cuda" or on this machine's "cpu": bfloat16 on CUDA and on CPUs that have
+    instructions for it, where a step takes 0.22 instead of 0.36 s (AMX) or 0.23 instead of 0.40 (AVX-512 BF16), else
+    float32. Both round what is multiplied alike and add in float32."""
+    fast = device == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if fast else "float32"
 
 
 def compute_dtype(accelerator: Accelerator) -> torch.dtype:

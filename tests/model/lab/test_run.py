@@ -277,7 +277,7 @@ def test_a_run_is_another_where_anything_that_defines_it_differs():
 
 
 def test_runs_in_another_precision_or_place_keep_their_own_lines(tmp_path):
-    """A run on a GPU, or on a CPU without matrix units, replaces none that was made elsewhere."""
+    """A run on a GPU, or on a CPU without instructions for bfloat16, replaces none that was made elsewhere."""
     file, line = tmp_path / "results.jsonl", json.loads(job("none").key())
     record = dict(zip(("variant", "seed", "steps", "device", "precision", "config"), line, strict=True))
     for each in (record, record | {"precision": "other"}, record | {"device": "cuda"}, record):
