@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,12 +64,14 @@ class Metric(NamedTuple):
     topics: tuple[str, ...] = ()  # of accuracy: which of their questions were right; each asks for the same things
     things: str = "codes"  # what a picture's questions ask for
     way: str = ""  # how they ask for it, where others ask for the same in another way
+    ways: tuple[str, ...] = ()  # metrics that tell of the same things, each asked for in one way, and exactly right
 
 
+BOTH_WAYS = ("ink", "place")  # metrics below
 METRICS = {
-    "fine": Metric("fine", "exact_match", "fine detail, exact match", 2, ("ink", "place", RECALL)),
-    "characters": Metric("fine", "characters", "fine detail, characters right", 2),
-    "first character": Metric("fine", "first_character", "fine detail, first character right", 2),
+    "fine": Metric("fine", "exact_match", "fine detail, exact match", 2, (*BOTH_WAYS, RECALL), ways=BOTH_WAYS),
+    "characters": Metric("fine", "characters", "fine detail, characters right", 2, ways=BOTH_WAYS),
+    "first character": Metric("fine", "first_character", "fine detail, first character right", 2, ways=BOTH_WAYS),
     "ink": Metric("ink", "exact_match", "fine detail asked for by colour, exact match", 1, ("ink",), way="by colour"),
     "place": Metric(
         "place", "exact_match", "fine detail asked for by place, exact match", 1, ("place",), way="by place"
@@ -263,14 +266,14 @@ CANNOT_SAY = {
         "the input of the last layer, what they hold. The unguided lack the first, not the second, and are compared "
         "with each other: a late start may cost less here than elsewhere. Stacks that would enter beyond "
         "layer 7 are left out: start-6 and interval-4 keep two of four, interval-3 and start-5 three. Fewer layers "
-        "also means fewer pixels."
+        "also means fewer pixels; more than four stacks are not tried."
     ),
     "tower": (
         "Our tower was trained on rendered text and has five layers: stacks that start late find no layer, and "
         "whether a tower trained on photographs tolerates them half-way is open. A training step of a tuned tower "
         "runs it, one of a frozen tower reads its stored features: their costs are not alike. taps-0 sees no global "
         "view and merges with weights of its own: it is the control of the other taps, and differs from stack-2d in "
-        "more than one thing."
+        "more than one thing. Each tap brings a merger of its own, so more taps are also more parameters."
     ),
     "strength": (
         "The paper proposes these and measures none, so there is nothing to agree with, and a gate may need "
@@ -359,9 +362,9 @@ class Setting(NamedTuple):
 
     @property
     def options(self) -> str:
-        """What tells a command of the lab to work at this setting; precision follows from the device."""
-        size = f" --size {self.size}" if self.size else ""
-        return f"{size} --steps {self.steps}" + ("" if self.device == "cpu" else f" --device {self.device}")
+        """What tells a command of the lab to work at this setting, wherever it is typed."""
+        named = {"size": self.size, "steps": self.steps, "device": self.device, "precision": self.precision}
+        return "".join(f" --{name} {value}" for name, value in named.items() if value)
 
     @staticmethod
     def of(run: Run) -> Setting:
@@ -388,10 +391,13 @@ def _run(raw: Mapping[str, Any]) -> Run:
     missing = [key for key in REQUIRED if key not in raw]
     if missing:
         raise ValueError(f"it has no {', '.join(missing)}")
-    for key, kind in {"variant": str, "group": str, "device": str, "seed": int, "steps": int, "accuracy": dict}.items():
-        if not isinstance(raw[key], kind) or isinstance(raw[key], bool):
-            raise ValueError(f"its {key} is {raw[key]!r}")
+    for key, fits in FIELDS.items():
+        if (key in REQUIRED or raw.get(key) is not None) and not fits(raw[key]):
+            raise ValueError(f"its {key} is {str(raw[key])[:60]!r}")
     accuracy = raw["accuracy"]
+    for name in PARTED:
+        if not isinstance(accuracy.get(name, {}), dict):
+            raise ValueError(f"its accuracy {name} is {str(accuracy[name])[:60]!r}")
     parts = [pair for name in PARTED for pair in accuracy.get(name, {}).items()]
     for kind, scores in [*accuracy.items(), *parts]:
         if kind not in PARTED:
@@ -399,21 +405,26 @@ def _run(raw: Mapping[str, Any]) -> Run:
     if "fine" not in accuracy and "coarse" not in accuracy:
         raise ValueError("its accuracy has neither fine nor coarse")
     for place, _ in parts:
-        float(place)
-    for name, value in raw.get("cost", {}).items():
+        if not _number(_float(place)):
+            raise ValueError(f"its accuracy is told for {place!r}, which is no number")
+    for name, value in (raw.get("cost") or {}).items():
         if value is not None and not _number(value):
             raise ValueError(f"its cost {name} is {value!r}")
     return Run(**{name: raw[name] for name in Run.__dataclass_fields__ if raw.get(name) is not None})
 
 
 def _check_scores(kind: str, scores: Any) -> None:
-    if not isinstance(scores, dict) or not isinstance(scores.get("n"), int) or "exact_match" not in scores:
+    if not isinstance(scores, dict) or not {"n", "exact_match"} <= set(scores):
         raise ValueError(f"its accuracy for {kind} lacks n or exact_match")
+    if not _whole(scores["n"]) or scores["n"] < 1:
+        raise ValueError(f"its n for {kind} is {scores['n']!r}, not a number of questions")
     for key in ("exact_match", "characters", "first_character"):
         share = scores.get(key)
         if share is not None and not (_number(share) and 0 <= share <= 1):
             raise ValueError(f"its {key} for {kind} is {share!r}, not a share between 0 and 1")
     if "right" in scores:
+        if not isinstance(scores["right"], str):
+            raise ValueError(f"its right for {kind} is {scores['right']!r}")
         told = float(np.mean(results.unpacked(scores["right"], scores["n"])))
         if abs(told - scores["exact_match"]) > ROUNDED:
             raise ValueError(f"of its questions for {kind} {told:.4f} are right, not {scores['exact_match']}")
@@ -421,6 +432,36 @@ def _check_scores(kind: str, scores: Any) -> None:
 
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _float(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+# what of a line must be what; those that are not REQUIRED may be missing or null
+FIELDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("variant", "group", "device", "precision", "when"), _text),
+    **dict.fromkeys(("seed", "steps", "parameters"), _whole),
+    **dict.fromkeys(("accuracy", "cost", "config"), _object),
+    "versions": lambda value: _object(value) and all(map(_text, value.values())),
+    "hours": _number,
+    "gates": lambda value: isinstance(value, list) and all(map(_number, value)),
+}
 
 
 def settings(runs: Iterable[Run]) -> dict[Setting, list[Run]]:
@@ -515,10 +556,12 @@ def paired_interval(
 ) -> Interval:
     """mean(a) - mean(b) of shares `[things]` that both were asked for: Student's interval of the differences thing by
     thing, and what other seeds than these numbers of runs would add to it. What seeds do differently thing by thing is
-    in both, so that it is a little too wide."""
+    in both, so that it is a little too wide. So that answers that are all alike are no certainty, it is as wide as with
+    half a thing more that only the first gets right, and half a one for the second (Agresti and Min 2005)."""
     differences = np.asarray(a, float) - np.asarray(b, float)
     n, value = len(differences), float(np.mean(differences))
-    things = t_quantile(n - 1) * float(np.std(differences, ddof=1)) / math.sqrt(n) if n > 1 else math.inf
+    squares = float(np.sum((differences - value) ** 2)) + 1.0
+    things = t_quantile(n - 1) * math.sqrt(squares / (n - 1) / n) if n > 1 else math.inf
     half = math.hypot(things, spread.half(*runs) if spread else 0.0)
     return Interval(value, value - half, value + half)
 
@@ -657,6 +700,11 @@ def run_command(
     return text + (setting.options if setting else "") + " --again" * again
 
 
+def ship_command(variant: str, seed: int, setting: Setting) -> str:
+    """What makes a model to ask out of a finished run."""
+    return f"python -m app lab ship {variant} --seeds {seed}{setting.options}"
+
+
 def commands(rows: Iterable[Row]) -> list[str]:
     """What makes the numbers of these variants again, one command for all that have the same seeds."""
     by_seeds: dict[tuple[int, ...], list[Row]] = {}
@@ -713,20 +761,17 @@ class Summary:
 
     @cached_property
     def ways(self) -> list[Summary]:
-        """The same under each way of asking that this metric joins (by colour, by place); [] where it joins none."""
-        joined = [each for each in METRICS[self.metric].topics if each in METRICS and each != self.metric]
-        return [self.under(each) for each in joined]
+        """Exact match under each way of asking that this metric joins (by colour, by place); [] where it joins none."""
+        return [self.under(each) for each in METRICS[self.metric].ways]
 
     def depends(self, variant: str, other: str) -> dict[str, Interval]:
-        """Way of asking -> the difference between two variants, where these differences depend on it: where their
-        intervals lie apart. {} where they do not."""
-        found = {}
-        for each in self.ways:
-            rows = each.row(variant), each.row(other)
-            if None not in rows:
-                found[METRICS[each.metric].way] = rows[0].minus(rows[1])
-        apart = len(found) > 1 and max(gap.low for gap in found.values()) > min(gap.high for gap in found.values())
-        return found if apart else {}
+        """Way of asking -> the difference between two variants, where these differences depend on it: where the
+        interval of what lies between two of them has no zero in it. {} where they do not."""
+        told = [each for each in self.ways if each.row(variant) and each.row(other)]
+        gaps = [between(one, two, variant, other) for one, two in combinations(told, 2)]
+        if all(gap.low <= 0 <= gap.high for gap in gaps):
+            return {}
+        return {METRICS[each.metric].way: each.row(variant).minus(each.row(other)) for each in told}
 
     def against(self, row: Row) -> str:
         """The variant that this one is compared with: as in the paper, or the one that is most alike."""
@@ -786,7 +831,8 @@ class Summary:
         by_way = self.depends(row.variant, paper.against)
         if any(each.low <= 0 <= each.high or (each.value > 0) != (ours.value > 0) for each in by_way.values()):
             told = " and ".join(f"{way} {each.points} points ({each.points_ends})" for way, each in by_way.items())
-            return Verdict("cannot decide", f"It depends on how a code is asked for: {told}.")
+            exact = "" if METRICS[self.metric].key == "exact_match" else ", exactly right,"
+            return Verdict("cannot decide", f"It depends on how a code{exact} is asked for: {told}.")
         theirs = f"{gap:+.1f} points of {self.bench}" if gap is not None else ("better" if sign > 0 else "worse")
         same = (ours.value > 0) == (sign > 0)
         mine = f"{ours.points} points against {paper.against}"
@@ -809,6 +855,20 @@ class Summary:
             if value is not None:
                 found.append((value * FIGURE_3[axis].scale, row))
         return sorted(found, key=lambda pair: pair[0])
+
+
+def between(one: Summary, two: Summary, variant: str, other: str) -> Interval:
+    """How much more two variants differ under one metric than under another that asks for the same things: thing by
+    thing where both variants are paired under both, else as if all had been asked for things of their own."""
+    (a, b), (c, d) = ((each.row(variant), each.row(other)) for each in (one, two))
+    if a.paired(b) and c.paired(d) and len(a.right) == len(c.right):
+        rows = [(row, two.row(row.variant)) for row in one.rows if two.row(row.variant)]
+        spread = pooled([np.subtract(x.shares, y.shares) for x, y in rows if x.seeds == y.seeds])
+        return paired_interval(a.right - b.right, c.right - d.right, (len(a.runs), len(b.runs)), spread)
+    first, second = a.minus(b), c.minus(d)
+    value = first.value - second.value
+    low = value - math.hypot(first.value - first.low, second.high - second.value)
+    return Interval(value, low, value + math.hypot(first.high - first.value, second.value - second.low))
 
 
 # How the rows that keep their stacks are chosen -> in words.
@@ -853,10 +913,9 @@ def _setting_of(config: Mapping[str, Any], keys: Sequence[str]) -> float | None:
 def summary(runs: Sequence[Run], metric: str = "fine", bench: str = "AVG") -> Summary:
     """Runs of one setting, variant by variant. UserError for an unknown metric or benchmark, or runs that cannot be
     compared; variants without this metric are left out."""
-    if metric not in METRICS or bench not in BENCHES:
-        raise UserError(
-            f"There is no metric “{metric}” beside “{bench}”; choose of {', '.join(METRICS)} and {', '.join(BENCHES)}."
-        )
+    for what, name, known in (("metric", metric, METRICS), ("benchmark of the paper's", bench, BENCHES)):
+        if name not in known:
+            raise UserError(f"There is no {what} “{name}”; choose of {', '.join(known)}.")
     found = settings(runs)
     if len(found) != 1:
         raise UserError(f"Runs of one setting can be compared, not of {len(found)}; choose one first.")

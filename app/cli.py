@@ -190,7 +190,6 @@ def _lab_arguments(parser: Parser) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="run: variants, or all; ship: variants")
     parser.add_argument(
         "--seeds",
-        default="0",
         metavar="S,S…",
         help="run: of weights and order; search: the first for the search, all for comparing its winner with the "
         "paper's rule of thumb; ship: the one to take (default 0)",
@@ -203,7 +202,15 @@ def _lab_arguments(parser: Parser) -> None:
         "--size", metavar="SIZE", help="run, search, ship: small or large (default: large on a GPU, small on the CPU)"
     )
     parser.add_argument(
-        "--device", metavar="D", help="cpu, cuda (default: a GPU where one works, else the CPU; with --ray cuda)"
+        "--device",
+        metavar="D",
+        help="run, search, ship: cpu, cuda (default: a GPU where one works, else the CPU; with --ray cuda)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("bfloat16", "float32"),
+        help="run, search, ship: of what matrices are multiplied in (default: bfloat16 on a GPU and on CPUs that have "
+        "instructions for it, else float32, which is another setting of the results)",
     )
     parser.add_argument(
         "--ray",
@@ -214,14 +221,13 @@ def _lab_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--again",
         action="store_true",
+        default=None,
         help="run: train anew what is in the results, and replace it there; search: begin anew",
     )
-    parser.add_argument(
-        "--results", default="assets/lab/results.jsonl", metavar="FILE", help="default assets/lab/results.jsonl"
-    )
-    parser.add_argument("--workdir", default="runs", metavar="DIR", help="what a resumed run needs (default runs)")
-    parser.add_argument("--metric", default="fine", metavar="M", help="table: our score (default fine)")
-    parser.add_argument("--bench", default="AVG", metavar="B", help="table: the paper's benchmark (default AVG)")
+    parser.add_argument("--results", metavar="FILE", help="default: the app's own assets/lab/results.jsonl")
+    parser.add_argument("--workdir", metavar="DIR", help="run, search, ship: what a resumed run needs (default runs)")
+    parser.add_argument("--metric", metavar="M", help="table: our score (default fine)")
+    parser.add_argument("--bench", metavar="B", help="table: the paper's benchmark (default AVG)")
     parser.add_argument(
         "--out",
         metavar="DIR",

@@ -6,6 +6,7 @@ What a variant is and what a run does: model/lab. Knows nothing about training.
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,17 +22,36 @@ from model.lab import run as lab
 from model.lab.variants import GROUPS, VARIANTS
 from model.loading import CHECKPOINTS, choose_device, gigabytes
 
+TRAINING = ("run", "search", "ship")
+# which actions use an option, and its default
+OPTIONS = {
+    "results": (("list", "table", *TRAINING), str(results.RESULTS)),
+    "workdir": (TRAINING, "runs"),
+    "seeds": (TRAINING, "0"),
+    **dict.fromkeys(("steps", "size", "device", "precision"), (TRAINING, None)),
+    **dict.fromkeys(("ray", "again"), (("run", "search"), None)),
+    "budget": (("search",), None),
+    "metric": (("table",), "fine"),
+    "bench": (("table",), "AVG"),
+    "out": (("table", "ship"), None),
+}
+
 
 def run(options: argparse.Namespace) -> Outcome:
-    """One of the actions."""
+    """One of the actions. UserError for names or an option that it does not use."""
     if options.action not in ("run", "ship") and options.names:
         raise UserError(f"lab {options.action} takes no names, not {' '.join(options.names)}.")
+    for name, (actions, default) in OPTIONS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+        elif options.action not in actions:
+            raise UserError(f"lab {options.action} has no use for --{name}; lab {' and lab '.join(actions)} have.")
     return {"list": _list, "run": _run, "search": _search, "table": _table, "ship": _ship}[options.action](options)
 
 
 def _list(options: argparse.Namespace) -> Outcome:
     """Every variant, and how many runs of it are in the file of results."""
-    runs = [record.get("variant") for _, record in results.lines(Path(options.results))]
+    runs = [record.get("variant") for _, record in results.lines(Path(options.results).expanduser())]
     found = [
         {"variant": v.name, "group": v.group, "words": v.words, "runs": runs.count(v.name), "config": v.config()}
         for group in GROUPS
@@ -47,13 +67,13 @@ def _run(options: argparse.Namespace) -> Outcome:
     if not options.names:
         raise UserError("lab run needs names of variants, or all; python -m app lab list shows them.")
     file, workdir, device, size = _where(options)
-    names = VARIANTS if options.names == ["all"] else options.names
-    wanted = lab.jobs(names, _seeds(options.seeds), size, options.steps, device)
+    names = VARIANTS if "all" in options.names else options.names
+    wanted = lab.jobs(names, _seeds(options.seeds), size, options.steps, device, options.precision or "")
     there = {} if options.again else {results.key_of(record): record for _, record in results.lines(file)}
     todo = [job for job in wanted if job.key() not in there]
     for job in wanted:
         if job.key() in there:
-            log(f"{job.name} is in {file} already; --again trains it anew.")
+            log(f"{job.name} is in {results.short(file)} already; --again trains it anew.")
     records, died = _through_ray(todo, options, workdir, file) if todo else ([], [])
     for job, why in died:
         log(_dead(job, why))
@@ -62,19 +82,34 @@ def _run(options: argparse.Namespace) -> Outcome:
     text = table(
         ["variant", "seed", "steps", "fine", "coarse", "context", "minutes"], [_row(record) for record in shown]
     )
-    text += f"\n\n{len(records)} of {len(wanted)} runs are new; all are in {file}"
+    text += f"\n\n{len(records)} of {len(wanted)} runs are new; all are in {results.short(file)}"
     data = {"results": str(file), "new": len(records), "died": [job.name for job, _ in died], "runs": shown}
     return Outcome(data, text, 1 if died else 0)
 
 
 def _where(options: argparse.Namespace) -> tuple[Path, Path, str, lab.Size]:
-    """(file of results, work folder, device, size) of runs. UserError for steps that are none."""
+    """(file of results, work folder, device, size) of runs. UserError for steps that are none, and, before anything is
+    trained, for places that cannot be written to."""
     if options.steps is not None and options.steps < 1:
         raise UserError(f"--steps is {options.steps}; it must be at least 1.")
     device = (options.device or "cuda") if options.ray else str(choose_device(options.device)[0])
     device = device.partition(":")[0]  # Ray deals out the GPUs
     size = lab.size_of(options.size, gpu=device == "cuda")
-    return Path(options.results).expanduser(), Path(options.workdir).expanduser().resolve(), device, size
+    file, workdir = Path(options.results).expanduser(), Path(options.workdir).expanduser().resolve()
+    _usable(file.parent)
+    if not options.ray:  # else it lies on the machines of the cluster
+        _usable(workdir)
+    return file, workdir, device, size
+
+
+def _usable(folder: Path) -> None:
+    """Makes a folder; UserError where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder} cannot be used: {error.strerror or error}.") from error
 
 
 def _search(options: argparse.Namespace) -> Outcome:
@@ -83,7 +118,8 @@ def _search(options: argparse.Namespace) -> Outcome:
     seed, steps = _seeds(options.seeds)[0], options.steps or size.steps
     budget = search.BUDGET * steps if options.budget is None else options.budget
     rungs = search.plan(budget, steps, len(search.candidates(size.layers)))
-    jobs = [lab.Job(variant, size, seed, steps, device) for variant in search.drawn(size.layers, rungs[0].count, seed)]
+    drawn = search.drawn(size.layers, rungs[0].count, seed)
+    jobs = [lab.Job(variant, size, seed, steps, device, options.precision or "") for variant in drawn]
     with _progress(workdir) as progress:
         _prepare(jobs, options, workdir, progress)
         if options.again:
@@ -129,7 +165,7 @@ def _compare(winner: lab.Job, options: argparse.Namespace, workdir: Path, file: 
     """Runs of the winner and of the rule from all seeds that are not in the results yet, and those that died."""
     there = {results.key_of(record) for _, record in results.lines(file)}
     names = [winner.variant.name, search.RULE]
-    wanted = lab.jobs(names, _seeds(options.seeds), winner.size, winner.steps, winner.device)
+    wanted = lab.jobs(names, _seeds(options.seeds), winner.size, winner.steps, winner.device, winner.precision)
     jobs = [job for job in wanted if job.key() not in there]
     records, died = _through_ray(jobs, options, workdir, file) if jobs else ([], [])
     for job, why in died:
@@ -142,7 +178,7 @@ def _table(options: argparse.Namespace) -> Outcome:
     file = Path(options.results).expanduser()
     runs = reading.read(file)
     if not runs:
-        raise UserError(f"There are no results in {file}; first {reading.run_command(FIRST, (0, 1, 2))}")
+        raise UserError(f"There are no results in {results.short(file)}; first {reading.run_command(FIRST, (0, 1, 2))}")
     parts, written = [], {}
     for setting, each in reading.settings(runs).items():
         found = reading.summary(each, options.metric, options.bench)
@@ -160,7 +196,7 @@ def _table(options: argparse.Namespace) -> Outcome:
 
 def _ship(options: argparse.Namespace) -> Outcome:
     """Writes the models of finished runs where the app looks for them, a card beside each."""
-    if not options.names:
+    if not options.names or "all" in options.names:
         raise UserError("lab ship needs names of variants; python -m app lab list shows them.")
     seeds = _seeds(options.seeds)
     if len(seeds) > 1:
@@ -169,12 +205,13 @@ def _ship(options: argparse.Namespace) -> Outcome:
     root = Path(options.out).expanduser() if options.out else CHECKPOINTS
     device = choose_device(options.device)[0].type
     size = lab.size_of(options.size, gpu=device == "cuda")
-    jobs = lab.jobs(options.names, seeds, size, options.steps, device)
+    jobs = lab.jobs(options.names, seeds, size, options.steps, device, options.precision or "")
     runs = {results.key_of(record): record for _, record in results.lines(file)}
-    twins = [ship.trained(job, workdir) for job in jobs]  # whatever is wrong is said before anything is written
+    # whatever is wrong is said before anything is written
+    twins = [ship.trained(job, workdir, _command(job, again=job.key() in runs)) for job in jobs]
     for job in jobs:
         if job.key() not in runs:
-            raise UserError(f"{job.name} has no line in {file}; its run writes one.")
+            raise UserError(f"{job.name} has no line in {results.short(file)}; its run writes one: {_command(job)}")
     rows, found = [], []
     for job, twin in zip(jobs, twins, strict=True):
         record = runs[job.key()]
@@ -190,10 +227,7 @@ def card(job: lab.Job, record: dict) -> str:
     """What a shipped model is, how it scored, and what makes it again."""
     run = reading.Run(**{name: record[name] for name in reading.Run.__dataclass_fields__ if name in record})
     setting = reading.Setting.of(run)
-    again = [
-        reading.run_command([job.variant.name], [job.seed], setting),
-        f"python -m app lab ship {job.variant.name} --seeds {job.seed}{setting.options}",
-    ]
+    again = [_command(job, again=True), reading.ship_command(job.variant.name, job.seed, setting)]
     scores = {"fine detail": run.accuracy["fine"], "coarse": run.accuracy["coarse"]}
     scores |= {f"fine, glyphs of {height} px": each for height, each in run.accuracy["by_glyph_px"].items()}
     lines = [f"| {name} | {each['n']} | {100 * each['exact_match']:.1f} % |" for name, each in scores.items()]
@@ -213,6 +247,12 @@ def card(job: lab.Job, record: dict) -> str:
         "All that defines the run is in recipe.json, its line of the results. The weights are projector and decoder; "
         f"{tower}.\n"
     )
+
+
+def _command(job: lab.Job, again: bool = False) -> str:
+    """What trains it; again: although its line is in the results."""
+    setting = reading.Setting(job.steps, job.device, job.size.name, job.precision)
+    return reading.run_command([job.variant.name], [job.seed], setting, again)
 
 
 def _dead(job: lab.Job, why: many.Died) -> str:

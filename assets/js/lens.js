@@ -141,7 +141,7 @@
     }
     const command = event.target.closest('.dl-copy-code');
     if (command) {
-      navigator.clipboard?.writeText(command.previousElementSibling.textContent);
+      navigator.clipboard?.writeText(command.dataset.copy ?? command.previousElementSibling.textContent);
       command.textContent = 'copied';
       setTimeout(() => (command.textContent = 'copy'), 1200);
     }

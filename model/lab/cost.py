@@ -72,7 +72,7 @@ def flops(work: Callable[[], object]) -> int:
 
 def seconds(work: Callable[[], None], times: int, device: torch.device) -> float:
     """The middle one of so many, after one that is not counted: on a CPU the processor's time, all threads added up,
-    which other work on the machine hardly changes; on a GPU the clock's."""
+    which other work on the machine changes less than the clock's (by up to half, not tenfold); on a GPU the clock's."""
     gpu = device.type == "cuda"
     clock = time.perf_counter if gpu else time.process_time
     taken = []

@@ -28,7 +28,7 @@ from model.lab.variants import LAYERS, LONG, Variant, first_layer, variant_of
 from model.training import dataset, twins
 from model.training.scenes import Question
 from model.training.tokenizer import make_tokenizer
-from model.training.tower import accelerator_for, compute_dtype, precision_on
+from model.training.tower import PRECISIONS, accelerator_for, precision_on
 
 SAMPLE, SAMPLE_PIXELS = 300, 100  # scenes whose features are measured first; fewer where the tower has to run for it
 MOST = 30  # questions of a test scene: all of them
@@ -75,13 +75,18 @@ class Job:
     seed: int
     steps: int
     device: str = "cpu"  # "cpu" | "cuda"
+    precision: str = ""  # of the decoder's matrices: "bfloat16" | "float32"; "" becomes what this machine is fast in
+
+    def __post_init__(self):
+        if not self.precision:
+            object.__setattr__(self, "precision", precision_on(self.device))
 
     @property
     def name(self) -> str:
         return f"{self.variant.name} {self.seed}"
 
     def config(self) -> dict:
-        """Everything that defines the run, but its variant's name, seed, steps and device."""
+        """Everything that defines the run, but its variant's name, seed, steps, device and precision."""
         size = {key: value for key, value in asdict(self.size).items() if key not in ("name", "steps")}
         # "layers" would be the number of layers that get a stack, to those who read the results
         decoder = {"llm_width": size.pop("width"), "llm_layers": size.pop("layers")}
@@ -98,7 +103,7 @@ class Job:
     def key(self) -> str:
         """The same for two runs that are to give the same."""
         record = {"variant": self.variant.name, "seed": self.seed, "steps": self.steps}
-        where = {"device": self.device, "precision": precision_on(self.device)}
+        where = {"device": self.device, "precision": self.precision}
         return results.key_of(record | where | {"config": self.config()})
 
     def folder(self, workdir: Path) -> Path:
@@ -107,12 +112,19 @@ class Job:
 
 
 def jobs(
-    names: Iterable[str], seeds: Iterable[int], size: Size, steps: int | None = None, device: str = "cpu"
+    names: Iterable[str],
+    seeds: Iterable[int],
+    size: Size,
+    steps: int | None = None,
+    device: str = "cpu",
+    precision: str = "",
 ) -> list[Job]:
     """Every variant from every seed, all variants of a seed before the next seed."""
     variants = [variant_of(name) for name in dict.fromkeys(names)]
     return [
-        Job(variant, size, seed, steps or size.steps, device) for seed in dict.fromkeys(seeds) for variant in variants
+        Job(variant, size, seed, steps or size.steps, device, precision)
+        for seed in dict.fromkeys(seeds)
+        for variant in variants
     ]
 
 
@@ -134,11 +146,11 @@ def run(job: Job, workdir: Path, progress=None, runs: Path | None = None) -> dic
         "seed": job.seed,
         "steps": job.steps,
         "device": job.device,
-        "precision": precision_on(job.device),
+        "precision": job.precision,
         "hours": round(json.loads(curve[-1])["minutes"] / 60, 3),
         "parameters": twin.counted(),
         "accuracy": marks(twins.answered(twin, questions, *tested, most=MOST)),
-        "cost": costs(twin, questions, training[0], job.size.batch, compute_dtype(accelerator)),
+        "cost": costs(twin, questions, training[0], job.size.batch, PRECISIONS[job.precision]),
         "when": datetime.date.today().isoformat(),
         "versions": versions(accelerator.device),
     } | learned(twin)  # fmt: skip
@@ -153,7 +165,7 @@ def train(job: Job, workdir: Path, progress=None, runs: Path | None = None, unti
     made = _with_text(job) if job.variant.reads == "text" else _with_pictures(job, workdir)
     twin, questions, training, watched, _ = made
     options = {"batch": size.batch, "seed": job.seed, "rate": size.rate, "device": job.device, "progress": progress}
-    options |= {"until": until, "log": lambda line: None}
+    options |= {"until": until, "log": lambda line: None, "precision": job.precision}
     twins.fit(job.name, twin, questions, training, watched, folder, (job.steps,), **options)
     twin.to(accelerator_for(job.device).device).eval()
     return made

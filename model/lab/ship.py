@@ -70,15 +70,17 @@ def entry(variant: Variant, layers: int, gates: list[float] | None = None) -> di
     return found
 
 
-def trained(job: Job, workdir: Path) -> LabTwin:
-    """What a finished run left in the work folder; UserError where it is not there or has not ended."""
+def trained(job: Job, workdir: Path, command: str = "") -> LabTwin:
+    """What a finished run left in the work folder; UserError where it is not there or has not ended, with the `command`
+    that trains it where that is given."""
     check(job.variant)
     file = job.folder(workdir) / "last.pt"
     saved = torch.load(file, weights_only=True, map_location="cpu") if file.exists() else {"step": 0}
     if saved["step"] < job.steps:
+        how = f", or train it with {command}" if command else ""
         raise UserError(
-            f"{job.name} has done {saved['step']:,} of {job.steps:,} steps in {workdir}; finish it with "
-            f"python -m app lab run {job.variant.name} --seeds {job.seed}, or give its --workdir, --size and --steps."
+            f"{job.name} has done {saved['step']:,} of {job.steps:,} steps in {workdir}; give the --workdir of a run "
+            f"that has ended{how}."
         )
     vision = LlavaConfig.from_pretrained(scenes.TOWER).vision_config
     # The checkpoint brings the whitening that training made of other features.

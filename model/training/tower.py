@@ -35,6 +35,9 @@ HEAD_WEIGHTS = {
 }
 
 
+PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # of what matrices are multiplied in
+
+
 def accelerator_for(device: str | None) -> Accelerator:
     """Where to train, and how precisely; `device` "cpu" forces the CPU."""
     cuda = torch.cuda.is_available() and device != "cpu"

@@ -23,7 +23,7 @@ from model.training.canvas import CHARACTERS, COLOURS, SHAPES, SIDE
 from model.training.muon import Muon
 from model.training.pages import TILE
 from model.training.tokenizer import make_tokenizer
-from model.training.tower import Reader, accelerator_for, compute_dtype, to_pixels
+from model.training.tower import PRECISIONS, Reader, accelerator_for, compute_dtype, to_pixels
 
 MERGE = {"hires": "stack", "hires-single": "none", "hires-concat": "concat"}
 TILES = SIDE // TILE  # per side of the high-resolution view
@@ -382,20 +382,21 @@ def fit(
     progress=None,
     log=print,
     until: int | None = None,
+    precision: str | None = None,
 ) -> nn.Module:
     """Train what needs a gradient in `twin`, called as a Twin is, in cycles of the rate that end after the steps
     `ends`; resumable from out/last.pt. until: the step after which it pauses, with a checkpoint; a later call goes on
     as if it had not.
 
     The first steps ask nothing: with many scenes at once and no question tokens, image rows learn what they hold in a
-    seventh of the steps that answers need for it. The decoder's layers run in bfloat16 where the machine is fast in it,
-    around a residual stream in float32.
+    seventh of the steps that answers need for it. The decoder's layers run in `precision` (one of tower.PRECISIONS;
+    None: in bfloat16 where the machine is fast in it), around a residual stream in float32.
     """
     out.mkdir(parents=True, exist_ok=True)
     llama = twin.language
     matrices = [p for p in llama.layers.parameters() if p.ndim == 2]
     accelerator = accelerator_for(device)
-    dtype = compute_dtype(accelerator)
+    dtype = PRECISIONS[precision] if precision else compute_dtype(accelerator)
     twin.to(accelerator.device)
     chosen = {id(p) for p in matrices}
     others = [p for p in twin.parameters() if p.requires_grad and id(p) not in chosen]

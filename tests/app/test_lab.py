@@ -57,7 +57,12 @@ def test_list_names_every_variant_with_its_runs(said, tmp_path):
         (["run", "start-9-interval-0-count-2"], "no lab variant 'start-9-interval-0-count-2'"),
         (["ship"], "lab ship needs names of variants"),
         (["ship", "none", "--seeds", "0,1"], "lab ship takes the model of one seed, not of 0,1"),
+        (["ship", "all"], "lab ship needs names of variants"),
         (["ship", "start-last"], "start-last cannot be shipped"),
+        (["list", "--seeds", "x"], "lab list has no use for --seeds; lab run and lab search and lab ship have"),
+        (["table", "--steps", "7"], "lab table has no use for --steps"),
+        (["run", "none", "--metric", "fine"], "lab run has no use for --metric; lab table"),
+        (["run", "none", "--workdir", "/dev/null/x"], "/dev/null/x cannot be used: Not a directory"),
         (["ship", "none", "--workdir", "no-such-folder"], "none 0 has done 0 of 2,000 steps"),
     ],
 )
@@ -170,8 +175,12 @@ def test_a_finished_run_is_shipped_with_its_card_and_can_be_asked(said, tmp_path
     card = (out / "lab-dummy" / "README.md").read_text()
     share = record["accuracy"]["coarse"]["exact_match"]
     assert f"| coarse | {record['accuracy']['coarse']['n']} | {100 * share:.1f} % |" in card
-    assert "python -m app lab run dummy --seeds 0 --size tiny --steps 2\n" in card
-    assert "python -m app lab ship dummy --seeds 0 --size tiny --steps 2\n" in card
+    where = f"--seeds 0 --size tiny --steps 2 --device cpu --precision {made.precision}"
+    assert f"python -m app lab run dummy {where} --again\n" in card  # whose line is in the results
+    assert f"python -m app lab ship dummy {where}\n" in card
+    elsewhere = [*options[:-4], "--workdir", str(tmp_path / "elsewhere")]
+    code, _, err = said("ship", "dummy", *elsewhere, "--steps", "2")
+    assert code == 2 and f"or train it with python -m app lab run dummy {where} --again." in err
     assert json.loads((out / "lab-dummy" / "recipe.json").read_text()) == record
     for name in ("taps", "hires"):
         shutil.copytree(loading.CHECKPOINTS / "hires", out / name)

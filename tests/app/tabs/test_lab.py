@@ -66,7 +66,7 @@ def test_all_views_of_a_full_file(desk, results):
     assert curves.value == ["stack-2d", "none", "dummy", "string", "concat"]
     for variant in made.MADE_UP:
         seeds = "0" if variant == "gate" else "0,1,2"
-        assert lab.code(f"python -m app lab run {variant} --seeds {seeds} --steps 2000 --again") in table
+        assert lab.code(f"python -m app lab run {variant} --seeds {seeds} --steps 2000 --device cpu --again") in table
     assert (
         "49.1 (-2.0)" in table
         and "3 seeds × 300 codes: 10.0, 11.0, 9.0" in table
@@ -125,8 +125,9 @@ def test_choices_change_what_is_shown(desk, results):
 def test_without_the_reference_nothing_is_compared(desk, results):
     made.write(results, [line("none")])
     head, _, _, _, table, variants, axes, *_ = lab.results(desk, False, *CHOICES)
-    assert "has not been run at this setting" in head and "lab run stack-2d --seeds 0 --steps 2000" in head.replace(
-        "&#45;", "-"
+    assert (
+        "has not been run at this setting" in head
+        and "lab run stack-2d --seeds 0 --steps 2000 --device cpu" in head.replace("&#45;", "-")
     )
     assert variants.data and axes is None
 
@@ -142,7 +143,7 @@ def test_a_variant_is_offered_where_its_checkpoint_ships(desk, results, monkeypa
     assert "data-go" not in lab.results(desk, False, *CHOICES)[4]
     monkeypatch.setattr(desk.zoo, "offered", (*desk.zoo.offered, "embedded/lab-none"))
     table = lab.results(desk, False, *CHOICES)[4]
-    assert table.count("data-go=") == 2 and table.count("to ask it, <code>lab ship ") == 1
+    assert table.count("data-go=") == 2 and table.count("to ask it, <code title=") == table.count("data-copy=") == 1
     assert lab.shipped(desk, "none") == "embedded/lab-none" and lab.shipped(desk, "stack-2d") == ""
     made.write(results, [line("stack-2d"), line("budget-50")])
     assert lab.results(desk, False, *CHOICES)[4].count(">numbers only<") == 1

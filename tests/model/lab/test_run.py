@@ -20,6 +20,7 @@ from model.lab.twin import RANK
 from model.lab.variants import TEXTS, VARIANTS
 from model.training import twins
 from model.training.scenes import Question
+from model.training.tower import PRECISIONS, precision_on
 from tests.model.lab.lab_sizes import TINY, job, weights
 
 TOWER = "model.model.vision_tower."
@@ -283,6 +284,18 @@ def test_runs_in_another_precision_or_place_keep_their_own_lines(tmp_path):
     for each in (record, record | {"precision": "other"}, record | {"device": "cuda"}, record):
         results.write(each, file)
     assert len(list(results.lines(file))) == 3 and results.key_of(record) == job("none").key()
+
+
+def test_a_run_computes_in_the_precision_that_it_says(workdir, tmp_path):
+    """Whatever this machine is fast in: a number is made again in the precision that its command names."""
+    made = [replace(job("none"), precision=each) for each in PRECISIONS]
+    records = [lab.run(each, workdir, runs=tmp_path) for each in made]
+    assert [record["precision"] for record in records] == ["bfloat16", "float32"]
+    low, high = (record["cost"] for record in records)
+    assert low["step_flops"] == high["step_flops"] and low["step_bytes"] < high["step_bytes"]
+    one, other = (weights(each, tmp_path)["twin"] for each in made)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    assert job("none").precision == precision_on("cpu")
 
 
 def test_runs_on_text_do_not_depend_on_pictures():

@@ -218,5 +218,5 @@ def test_what_no_family_can_run_is_refused(workdir, name, words):
 
 def test_a_run_that_has_not_ended_is_refused(shipped, workdir):
     shipped("none")
-    with pytest.raises(UserError, match="none 0 has done 0 of 9 steps in .*finish it with python -m app lab run none"):
-        ship.trained(job("none", steps=9), workdir)
+    with pytest.raises(UserError, match="none 0 has done 0 of 9 steps in .* that has ended, or train it with this.$"):
+        ship.trained(job("none", steps=9), workdir, "this")
