@@ -42,6 +42,7 @@ CONTROLS = {
     "start-5": "layers-3",  # the same stacks, as many as find a layer
     "start-6": "layers-2",
     "start-7": "layers-1",
+    "start-last": "none",  # whose answers see no stack either
     "none-unguided": "none",
     "start-4-unguided": "stack-2d-unguided",
     **dict.fromkeys(("taps-1", "taps-2", "taps-3", "taps-samples"), "taps-0"),

@@ -350,7 +350,7 @@ def _row(desk: Desk, found: Summary, coarse: Summary, row: Row) -> str:
     kind = verdict.kind.replace(" ", "-")
     why = f"<small>{markup.escape(verdict.why)}</small>" if paper or not against else ""
     cells = {
-        "Variant": f"<b>{markup.escape(row.variant)}</b><small>{own}</small>",
+        "Variant": f"<b>{markup.escape(row.variant)}</b><small>{own}</small>{_offer(desk, row)}",
         "Ours, %": _share(row),
         "Against its control": _points(gap, against) if against else NOTHING,
         f"Paper, {found.bench}": printed,
@@ -364,7 +364,7 @@ def _row(desk: Desk, found: Summary, coarse: Summary, row: Row) -> str:
         f'<td data-label="{markup.escape(name)}"{EMPTY * (value == NOTHING)}><div>{value}</div></td>'
         for name, value in rest
     )
-    return f'<tr>{line}</tr><tr class="dl-lab-again"><td colspan="7">{code(row.command)}{_offer(desk, row)}</td></tr>'
+    return f'<tr>{line}</tr><tr class="dl-lab-again"><td colspan="7">{code(row.command)}</td></tr>'
 
 
 def _share(row: Row) -> str:
@@ -409,16 +409,17 @@ def si(value: float) -> str:
 
 
 def _offer(desk: Desk, row: Row) -> str:
-    """Buttons to ask a variant, where its checkpoint ships."""
+    """Buttons to ask a variant, where its checkpoint ships; else how it could be asked."""
     name = shipped(desk, row.variant)
     if not name:
-        return f'<span class="dl-note">{_unshipped(row)}</span>'
+        return f'<span class="dl-offer dl-note">{_unshipped(row)}</span>'
     name = markup.escape(name)
-    return "".join(
+    chips = "".join(
         f'<button type="button" class="dl-chip" data-go="{go}" data-name="{name}" '
-        f'aria-label="{words}: {markup.escape(row.variant)}">{words}</button>'
+        f'aria-label="{words}: {markup.escape(row.variant)}">{words.removeprefix("put ")}</button>'
         for go, words in (("chat", "chat with it"), ("compare", "put into Compare"))
     )
+    return f'<span class="dl-offer">{chips}</span>'
 
 
 def _unshipped(row: Row) -> str:
@@ -430,7 +431,7 @@ def _unshipped(row: Row) -> str:
         return "numbers only"
     command = markup.escape(lab.ship_command(row.variant, row.seeds[0], Setting.of(row.runs[0])))
     return (
-        f'to ask it, <code title="{command}">lab ship {markup.escape(row.variant)}</code> after its run '
+        f'to ask it, once run: <code title="{command}">lab ship {markup.escape(row.variant)}</code>'
         f'<button type="button" class="dl-copy-code" data-copy="{command}" aria-label="copy: {command}">copy</button>'
     )
 

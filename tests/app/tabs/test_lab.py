@@ -143,7 +143,10 @@ def test_a_variant_is_offered_where_its_checkpoint_ships(desk, results, monkeypa
     assert "data-go" not in lab.results(desk, False, *CHOICES)[4]
     monkeypatch.setattr(desk.zoo, "offered", (*desk.zoo.offered, "embedded/lab-none"))
     table = lab.results(desk, False, *CHOICES)[4]
-    assert table.count("data-go=") == 2 and table.count("to ask it, <code title=") == table.count("data-copy=") == 1
+    assert (
+        table.count("data-go=") == 2
+        and table.count("to ask it, once run: <code title=") == table.count("data-copy=") == 1
+    )
     assert lab.shipped(desk, "none") == "embedded/lab-none" and lab.shipped(desk, "stack-2d") == ""
     made.write(results, [line("stack-2d"), line("budget-50")])
     assert lab.results(desk, False, *CHOICES)[4].count(">numbers only<") == 1
