@@ -105,7 +105,8 @@ def test_cached_decode_is_recompute(kind):
             logits.append(generation._decode()[0])
     ids = [token.id for token in generation.rows[0].tokens]
     whole = engine.logits(prompt, plan, ids)[-8:]
-    assert (torch.stack(logits) - whole).abs().max() <= 1.7e-6 * max(1, whole.abs().max())
+    # 1.7e-6 on a CPU with AMX, 2.2e-6 on one without: one row and many are multiplied in another order
+    assert (torch.stack(logits) - whole).abs().max() <= 4e-6 * max(1, whole.abs().max())
 
 
 @FAMILY

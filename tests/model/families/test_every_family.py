@@ -241,12 +241,18 @@ def test_without_an_image_every_plan_is_bitwise_the_same(kind):
 
 @EVERY
 def test_positions_before_the_image_do_not_depend_on_the_plan(kind):
+    """Bit for bit; but an expert multiplies the rows that are sent to it at once, and how many come from the image
+    depends on the plan: there a CPU may round otherwise."""
     loaded, prompt = engine(kind), prompt_of(kind, "image in a later turn")
     first, last = int(image_rows(prompt)[0]), loaded.layout.sources[-1].name
     want = loaded.logits(prompt, own_plan(kind))
     for plan in (Plan(), Plan([(last, 0, 1.0), (last, 2, 3.0)])):
         other = loaded.logits(prompt, plan)
-        assert torch.equal(other[:first], want[:first]) and not torch.equal(other[-1], want[-1])
+        assert not torch.equal(other[-1], want[-1])
+        if any("experts" in name for name, _ in loaded.adapter.model.named_parameters()):
+            torch.testing.assert_close(other[:first], want[:first], atol=4e-6 * float(want.abs().max()), rtol=0)
+        else:
+            assert torch.equal(other[:first], want[:first])
 
 
 def some_plans(loaded):
