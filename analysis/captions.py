@@ -73,7 +73,7 @@ CAPTIONS = {
     ),
     "lab_cost": (
         "Shows what was measured here at toy size; how costs grow with 576 rows and 32 layers is not read off it, nor "
-        "are times that differ by less than a third."
+        "are times that differ by less than half."
     ),
     "lab_budget": (
         "Rows that keep no stack still stand in the context, so the budget spares pixels and not tokens; what a "
