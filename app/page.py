@@ -258,9 +258,10 @@ def build(zoo: Zoo, limits: Limits | None = None) -> gr.Blocks:
                     lab_table, lab_cards = lab.build(desk, tab=tab, model=model, focus=focus, dark=dark, examples=codes)
 
         restored = [session, focus, model, plan, picture, views, pills, note, talk.box, talk.remember, tabs, link]
-        demo.load(bound(restore, desk), None, restored, api_name="restore", show_progress_on=[picture]).success(
-            **talk.resume
-        ).success(**reopen, api_name="reopen_layers")
+        opened = demo.load(bound(restore, desk), None, restored, api_name="restore", show_progress_on=[picture])
+        resumed = opened.success(**talk.resume)
+        resumed.success(**reopen, api_name="reopen_layers")
+        resumed.then(**talk.settle, api_name="resume_settled")
         demo.load(None, None, [dark], js="() => document.body.classList.contains('dark')", api_name="is_dark")
         model.input(
             bound(choose_model, desk), [model, focus], [plan, picture, views, pills, note, talk.remember, link],

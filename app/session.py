@@ -10,7 +10,8 @@ from __future__ import annotations
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from model.types import Answer, Message, Sampling
 IMAGE_BYTES = 512 * 2**20  # pixels of all visitors' images held at once
 RECORDS = 512  # answers of all visitors held at once, with their traces
 RECORD_BYTES = 2 * 2**30  # of their images, and of what was computed from them
+PATIENCE = 60.0  # seconds that `Store.alone` waits for an answer that was told to end: a long prompt's prefill
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Session:
 
     visitor: str = ""
     turns: tuple[Turn, ...] = ()
+    cleared: int = 0  # how often it had been cleared when these turns began
 
     def known(self) -> Session:
         """Itself, with a visitor's id if it had none."""
@@ -147,6 +150,8 @@ class Store:
         self._images: OrderedDict[str, tuple[str, Held]] = OrderedDict()  # id -> (visitor, image)
         self._records: OrderedDict[str, tuple[str, Record]] = OrderedDict()
         self._stops: dict[tuple[str, str], threading.Event] = {}  # (visitor, place) -> ends what runs there
+        self._ends: dict[tuple[str, str], threading.Event] = {}  # (visitor, place) -> set when it has ended
+        self._cleared: dict[str, int] = {}  # visitor -> how often the conversation has been cleared
         self._looks: dict[str, tuple[str, ...]] = {}  # visitor -> ids of the images looked at now
         self._lock = threading.Lock()
 
@@ -215,11 +220,43 @@ class Store:
     def start(self, visitor: str, place: str) -> threading.Event:
         """The event that ends the answer which starts now. What still runs for this visitor in this place is ended."""
         with self._lock:
-            running = self._stops.get((visitor, place))
-            if running is not None:
-                running.set()
-            self._stops[visitor, place] = threading.Event()
-            return self._stops[visitor, place]
+            return self._start(visitor, place)
+
+    def _start(self, visitor: str, place: str) -> threading.Event:
+        running = self._stops.get((visitor, place))
+        if running is not None:
+            running.set()
+        self._stops[visitor, place] = threading.Event()
+        return self._stops[visitor, place]
+
+    @contextmanager
+    def alone(self, visitor: str, place: str) -> Iterator[threading.Event]:
+        """Like `start`, for what must not overlap: begins when all that was `alone` there before has ended.
+
+        A generator that ends inside has handed on its last values by then: none of them can arrive after those of what
+        comes next, which may itself have been overtaken when it begins (`newest`).
+        """
+        with self._lock:
+            stop, before = self._start(visitor, place), self._ends.get((visitor, place))
+            ended = self._ends[visitor, place] = threading.Event()
+        try:
+            if before is not None:
+                before.wait(PATIENCE)
+            yield stop
+        finally:
+            ended.set()
+
+    def clear(self, session: Session) -> Session:
+        """An empty conversation; what belongs to the one before is no longer `current`."""
+        with self._lock:
+            count = self._cleared[session.visitor] = self._cleared.get(session.visitor, 0) + 1
+        return replace(session, turns=(), cleared=count)
+
+    def current(self, session: Session) -> Session:
+        """Itself, or the empty conversation of now if it has been cleared since it was read."""
+        with self._lock:
+            count = self._cleared.get(session.visitor, 0)
+        return session if session.cleared == count else replace(session, turns=(), cleared=count)
 
     def stop(self, visitor: str, place: str) -> None:
         """Ends what runs for this visitor in this place, within one token."""
@@ -240,6 +277,9 @@ class Store:
                     del items[key]
             for key in [key for key in self._stops if key[0] == session.visitor]:
                 self._stops.pop(key).set()
+            for key in [key for key in self._ends if key[0] == session.visitor]:
+                del self._ends[key]
+            self._cleared.pop(session.visitor, None)
             self._looks.pop(session.visitor, None)
 
     def __len__(self) -> int:

@@ -6,6 +6,7 @@ Handlers first, layout below. The conversation is the Session; the chatbot only 
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from app.asking import Asked
 from app.desk import Desk
 from app.picture import sees, views_value
 from app.session import Focus, Held, Session, Turn, new_images
-from app.wiring import bound, end, in_turn, line_of
+from app.wiring import MODEL, bound, end, in_turn, line_of
 from model.errors import UserError
 from model.images import read_image
 from model.types import Answer
@@ -47,7 +48,7 @@ def ask(
     progress=gr.Progress(),  # noqa: B008
 ) -> Iterator[tuple]:
     """Answers what is in the message box. Yields (box, chat, session, focus, views, note)."""
-    session = session.known()
+    session = desk.store.current(session.known())
     settings = asking.sampling(desk, max_new_tokens, temperature, top_p, top_k, seed)
     message = message or {}
     images = [hold(desk, session, path) for path in message.get("files") or ()]
@@ -83,6 +84,7 @@ def ask_example(
     progress=gr.Progress(),  # noqa: B008
 ) -> Iterator[tuple]:
     """Asks an example's own question about it. Yields what `ask` yields."""
+    session = desk.store.current(session.known())
     example = desk.example(name)
     settings = asking.sampling(desk, max_new_tokens, temperature, top_p, top_k, seed)
     asked = asking.prepare(
@@ -94,7 +96,7 @@ def ask_example(
         settings=settings,
         progress=progress,
     )
-    yield from _answer(desk, asked, session.known(), focus)
+    yield from _answer(desk, asked, session, focus)
 
 
 def resume(
@@ -111,11 +113,12 @@ def resume(
 ) -> Iterator[tuple]:
     """Asks what the address asked, once the page is there. Yields what `ask` yields, or nothing."""
     if asked_before(desk, focus):
+        session = desk.store.current(session.known())
         settings = asking.sampling(desk, max_new_tokens, temperature, top_p, top_k, seed)
         asked = asking.prepare(
             desk, model=model, plan=plan, question=focus.question, images=focus.images, settings=settings
         )
-        yield from _answer(desk, asked, session.known(), focus)
+        yield from _answer(desk, asked, session, focus)
     else:
         yield (gr.skip(),) * 6
 
@@ -140,6 +143,7 @@ def retry(
     event: gr.RetryData,
 ) -> Iterator[tuple]:
     """Asks one question of the conversation again, under the plan of now; later turns go. Yields what `ask` yields."""
+    session = desk.store.current(session)
     settings = asking.sampling(desk, max_new_tokens, temperature, top_p, top_k, seed)
     index = turn_of(session, event.index)
     yield from _ask_turn(desk, session, focus, index, session.turns[index].question, model, plan, settings, remember)
@@ -160,18 +164,27 @@ def edit(
     event: gr.EditData,
 ) -> Iterator[tuple]:
     """Asks an edited question in the place of the old one; later turns go. Yields what `ask` yields."""
+    session = desk.store.current(session)
     settings = asking.sampling(desk, max_new_tokens, temperature, top_p, top_k, seed)
     index = turn_of(session, event.index)
     yield from _ask_turn(desk, session, focus, index, str(event.value), model, plan, settings, remember)
 
 
-def clear(desk: Desk, session: Session) -> tuple:
-    """An empty conversation; an answer that runs or waits is given up. The image, the plan and the last answer stay in
-    focus. Returns (chat, session, box)."""
-    session = replace(session.known(), turns=())
+def clear(desk: Desk, session: Session) -> Iterator[tuple]:
+    """An empty conversation; an answer that runs or waits is given up, and shows nothing after this. The image, the
+    plan and the last answer stay in focus. Yields (chat, session, box)."""
+    session = desk.store.clear(session.known())
     end(desk, session, "chat")
-    desk.store.start(session.visitor, "chat")  # what still runs is no longer the newest, and writes nothing
-    return [], session, idle_box()
+    with desk.store.alone(session.visitor, "chat"):
+        yield [], session, idle_box()
+
+
+def settled(desk: Desk, session: Session) -> tuple:
+    """What a conversation that has been cleared shows, once the browser has drawn all of an answer; else nothing new.
+
+    Gradio's page draws the states of one event in their order, but those of two events as it comes to them: an answer's
+    last state may be drawn after what `clear` showed. Returns (chat, box)."""
+    return (gr.skip(), gr.skip()) if session.turns else ([], idle_box())
 
 
 def stop(desk: Desk, session: Session) -> None:
@@ -197,41 +210,50 @@ def _ask_turn(desk, session, focus, index, question, model, plan, settings, reme
 
 def _answer(desk: Desk, asked: Asked, session: Session, focus: Focus) -> Iterator[tuple]:
     """Streams the answer into the chat. The box is emptied when nothing can be refused any more."""
-    stopper = desk.store.start(session.visitor, "chat")
-    shown = asked.images or focus.images
-    held = desk.held(shown[0]) if shown else None
-    here = desk.store.looks(session.visitor, focus.images, shown)  # else another was chosen while this waited in line
-    turn = Turn(asked.question, asked.images)
-    now = session.answered(turn)
-    yield (
-        busy_box(value={"text": "", "files": []}),
-        bubbles(desk, now, "…"),
-        now,
-        gr.skip(),
-        views_value(asked.engine, held) if here else gr.skip(),
-        sees(held) if here else gr.skip(),
-    )
-    try:
-        for answer, done in asking.stream(asked, stopper):
-            if not desk.store.newest(session.visitor, "chat", stopper):  # a later question has taken over
-                yield (gr.skip(),) * 6
-                return
-            if not done:
-                yield gr.skip(), bubbles(desk, now, markup.word_spans(answer.tokens)), *[gr.skip()] * 4
-    except Exception:
-        yield idle_box(), bubbles(desk, now), *[gr.skip()] * 4
-        raise
-    record = asking.keep(desk, session, asked, answer)
-    found = asking.refocused(desk, focus, record, asked)
-    session = session.answered(replace(turn, record=record))
-    yield (
-        idle_box(),
-        bubbles(desk, session),
-        session,
-        found if asking.turned(desk, session, focus, found) else gr.skip(),
-        gr.skip(),
-        gr.skip(),
-    )
+    with desk.store.alone(session.visitor, "chat") as stopper:
+        if _overtaken(desk, session, stopper):
+            yield (gr.skip(),) * 6
+            return
+        shown = asked.images or focus.images
+        held = desk.held(shown[0]) if shown else None
+        here = desk.store.looks(session.visitor, focus.images, shown)  # else another was chosen while this waited
+        turn = Turn(asked.question, asked.images)
+        now = session.answered(turn)
+        yield (
+            busy_box(value={"text": "", "files": []}),
+            bubbles(desk, now, "…"),
+            now,
+            gr.skip(),
+            views_value(asked.engine, held) if here else gr.skip(),
+            sees(held) if here else gr.skip(),
+        )
+        try:
+            for answer, done in asking.stream(asked, stopper):
+                if _overtaken(desk, session, stopper):
+                    yield (gr.skip(),) * 6
+                    return
+                if not done:
+                    yield gr.skip(), bubbles(desk, now, markup.word_spans(answer.tokens)), *[gr.skip()] * 4
+        except Exception:
+            yield idle_box(), bubbles(desk, now), *[gr.skip()] * 4
+            raise
+        record = asking.keep(desk, session, asked, answer)
+        found = asking.refocused(desk, focus, record, asked)
+        session = session.answered(replace(turn, record=record))
+        yield (
+            idle_box(),
+            bubbles(desk, session),
+            session,
+            found if asking.turned(desk, session, focus, found) else gr.skip(),
+            gr.skip(),
+            gr.skip(),
+        )
+
+
+def _overtaken(desk: Desk, session: Session, stopper: threading.Event) -> bool:
+    """Whether a later question has taken over, or the conversation has been cleared."""
+    newest = desk.store.newest(session.visitor, "chat", stopper)
+    return not newest or desk.store.current(session) is not session
 
 
 def busy_box(**more) -> gr.MultimodalTextbox:
@@ -311,6 +333,7 @@ class Chat:
     remember: gr.Checkbox
     settings: list  # sampling, in the order of `asking.sampling`
     resume: dict  # how to ask what the address asked
+    settle: dict  # what comes after every event that answers
 
 
 def build(desk: Desk, *, model, plan, session, focus, views, note, linked, examples, picked) -> Chat:
@@ -373,9 +396,17 @@ def build(desk: Desk, *, model, plan, session, focus, views, note, linked, examp
         chat.retry(inputs=inputs, **turn(retry, "retry")),
         chat.edit(inputs=inputs, **turn(edit, "edit")),
     ]  # fmt: skip
+    settle = {
+        "fn": bound(settled, desk), "inputs": [session], "outputs": [chat, box], "show_progress": "hidden",
+        "queue": False,
+    }  # fmt: skip
     for event, name in zip(events, ("ask", "ask_example", "retry", "edit"), strict=True):
         event.success(**linked, api_name=f"{name}_address")
-    chat.clear(bound(clear, desk), [session], [chat, session, box], api_name="clear", queue=False)
+        event.then(**settle, api_name=f"{name}_settled")
+    chat.clear(
+        bound(clear, desk), [session], [chat, session, box], api_name="clear", show_progress="hidden",
+        trigger_mode="multiple", **MODEL,  # in the order in which it and the questions came
+    )  # fmt: skip
     box.stop(bound(stop, desk), [session], None, api_name="stop", queue=False)
     again = {"inputs": [model, plan, *settings, session, focus], **turn(resume, "resume", asked_before)}
-    return Chat(box, remember, settings, again)
+    return Chat(box, remember, settings, again, settle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 from app.session import Focus, Held, Record, Session, Store, Turn
 from model.errors import UserError
+from tests.waiting import wait_until
 
 
 def held(side: int = 10) -> Held:
@@ -87,6 +89,42 @@ def test_a_new_answer_ends_the_one_before_in_the_same_place_only():
     store.stop("me", "stacks")
     assert second.is_set() and store.newest("me", "stacks", second)
     store.stop("nobody", "chat")
+
+
+def test_what_runs_alone_begins_when_what_ran_before_has_ended():
+    store, order = Store(), []
+
+    def run(name: str) -> None:
+        with store.alone("me", "chat") as stop:
+            order.append((name, store.newest("me", "chat", stop)))
+
+    with store.alone("me", "chat") as first, store.alone("you", "chat"), store.alone("me", "stacks"):
+        threads = []
+        for name in ("second", "third"):
+            at = store._stops["me", "chat"]
+            threads.append(threading.Thread(target=run, args=(name,)))
+            threads[-1].start()
+            wait_until(lambda before=at: store._stops["me", "chat"] is not before)
+        assert first.is_set() and order == []
+    for thread in threads:
+        thread.join(10)
+    assert order == [("second", False), ("third", True)]
+    with pytest.raises(ZeroDivisionError), store.alone("me", "chat"):
+        raise ZeroDivisionError
+    run("fourth")  # does not wait for what has failed
+    store.forget(Session("me"))
+    assert not [key for key in (*store._stops, *store._ends) if key[0] == "me"]
+
+
+def test_a_conversation_is_current_until_it_is_cleared():
+    store, mine, yours = Store(), Session("me", (Turn("What?"),)), Session("you", (Turn("Who?"),))
+    assert store.current(mine) is mine
+    empty = store.clear(mine)
+    assert (empty.visitor, empty.turns) == ("me", ()) and store.current(empty) is empty
+    assert store.current(mine) == empty and store.current(yours) is yours
+    assert store.current(empty.answered(Turn("And?"))).turns and store.clear(empty) != empty
+    store.forget(empty)
+    assert store.current(mine) is mine
 
 
 def test_what_a_record_computes_is_computed_once():

@@ -6,12 +6,7 @@ import pytest
 
 from model.turns import FairLock
 from tests import tiny
-
-
-def wait_until(condition) -> None:
-    """Returns once it is so; pytest's own limit ends a test in which it never is."""
-    while not condition():
-        threading.Event().wait(0.001)
+from tests.waiting import wait_until
 
 
 def test_it_is_given_in_the_order_of_asking_and_nobody_overtakes():

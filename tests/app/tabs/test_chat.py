@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
-from app import page
+from app import asking, page
 from app.session import Focus, Session
 from app.tabs import chat, layers, stacks
 from model.errors import UserError
 from model.plan import Plan
 from tests.app.given import HIRES, SETTINGS, last, skipped
+from tests.waiting import wait_until
 
 PLAN = "base@0,0@1"
 
@@ -106,16 +108,69 @@ def test_an_edited_question_takes_the_place_of_the_old_one(desk, session, focus)
 
 def test_clear_keeps_the_visitor(desk, session, focus):
     _, _, session, *_ = last(say(desk, session, focus))
-    bubbles, cleared, _ = chat.clear(desk, session)
+    bubbles, cleared, _ = last(chat.clear(desk, session))
     assert bubbles == [] and cleared.turns == () and cleared.visitor == session.visitor
 
 
+def step_by_step(desk, session, focus):
+    return chat.ask(desk, {"text": "What?", "files": []}, HIRES, PLAN, 48, *SETTINGS[1:], False, session, focus)
+
+
 def test_a_cleared_conversation_does_not_come_back_when_its_answer_ends(desk, session, focus):
-    steps = chat.ask(desk, {"text": "What?", "files": []}, HIRES, PLAN, 48, *SETTINGS[1:], False, session, focus)
+    steps = step_by_step(desk, session, focus)
     next(steps)
-    bubbles, cleared, box = chat.clear(desk, session)
-    assert box.submit_btn and not box.stop_btn
-    assert [value for step in steps for value in step if not skipped(value)] == []
+    with ThreadPoolExecutor(1) as other:
+        clearing = other.submit(last, chat.clear(desk, session))
+        wait_until(lambda: desk.store.current(session) is not session)
+        assert not clearing.done()
+        assert [value for step in steps for value in step if not skipped(value)] == []
+        bubbles, cleared, box = clearing.result()
+    assert bubbles == [] and not cleared.turns and box.submit_btn and not box.stop_btn
+
+
+def test_the_last_words_of_an_answer_are_out_before_the_conversation_is_cleared(desk, session, focus):
+    """What an answer had already handed on used to arrive after the empty conversation, and stayed."""
+    steps = step_by_step(desk, session, focus)
+    states = [next(steps)]
+    while skipped(states[-1][3]):  # the focus comes with the last of them
+        states.append(next(steps))
+    order = ["answer"]
+    with ThreadPoolExecutor(1) as other:
+        clearing = other.submit(lambda: (last(chat.clear(desk, states[-1][2])), order.append("cleared")))
+        wait_until(lambda: desk.store.current(states[-1][2]) is not states[-1][2])
+        order.append("handed on")
+        assert list(steps) == []
+        clearing.result()
+    assert order == ["answer", "handed on", "cleared"]
+
+
+def test_an_emptied_conversation_is_emptied_again_once_an_answer_is_drawn(desk, session, focus):
+    _, _, answered, *_ = last(say(desk, session, focus))
+    assert all(map(skipped, chat.settled(desk, answered)))
+    bubbles, box = chat.settled(desk, last(chat.clear(desk, answered))[1])
+    assert bubbles == [] and box.submit_btn and not box.stop_btn
+
+
+def test_what_was_asked_before_the_conversation_was_cleared_shows_nothing(desk, session, focus, monkeypatch):
+    """A question's thread may begin after that of a click that came later."""
+    _, _, session, focus, *_ = last(say(desk, session, focus))
+    late = say(desk, session, focus, text="Late?")
+    retried = chat.retry(desk, HIRES, PLAN, *SETTINGS, False, session, focus, SimpleNamespace(index=1, value="x"))
+    cleared = last(chat.clear(desk, session))[1]
+    with pytest.raises(UserError, match="no longer part"):
+        next(retried)
+    first = last(late)[2]  # as far as anybody can tell it was asked after that
+    assert [turn.question for turn in first.turns] == ["Late?"] and first.cleared == cleared.cleared
+    assert len(last(say(desk, first, focus))[2].turns) == 2
+
+    prepare = asking.prepare
+
+    def prepared(*args, **more):
+        last(chat.clear(desk, first))  # while its model is being loaded, say
+        return prepare(*args, **more)
+
+    monkeypatch.setattr(asking, "prepare", prepared)
+    assert all(map(skipped, next(say(desk, first, focus))))
 
 
 def test_an_image_that_is_chosen_during_an_answer_stays_in_focus(desk, session, focus, tmp_path):
