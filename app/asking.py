@@ -159,7 +159,7 @@ def refocused(desk: Desk, focus: Focus, record: str, asked: Asked) -> Focus:
 def turned(desk: Desk, session: Session, since: Focus, focus: Focus) -> bool:
     """Whether the page may turn to the focus of an answer that was begun with the focus `since`: not where its visitor
     has chosen another image while it was made."""
-    return desk.store.turn(session.visitor, since.images, focus.images)
+    return desk.store.turn(session.visitor, since.images, focus.images, focus.record)
 
 
 def address(desk: Desk, engine: Engine, plan: Plan, focus: Focus) -> str:

@@ -242,7 +242,7 @@ def build(zoo: Zoo, limits: Limits | None = None) -> gr.Blocks:
                         desk, tab=tab, settings=talk.settings, examples=cards, loaded=memory, **shared
                     )
                 with gr.Tab("Stacks", id="stacks") as tab:
-                    live_cards, live = stacks.build(
+                    live_cards, answered_live, live_question = stacks.build(
                         desk,
                         tab=tab,
                         picture=picture,
@@ -295,10 +295,10 @@ def build(zoo: Zoo, limits: Limits | None = None) -> gr.Blocks:
             bound(put_into_compare, desk), [picked, *columns[:2]], [tabs, *columns],
             api_name="lab_compare", show_progress="minimal", **newest,
         )  # opening the tab fills in the question  # fmt: skip
-        live_cards.pick(
-            bound(live_example, desk), pick[0], [*pick[1], live["outputs"][0]], api_name="live_example",
-            **newest, **quiet,
-        ).success(**live, api_name="live_example_answer")  # fmt: skip
+        picked_live = live_cards.pick(
+            bound(live_example, desk), pick[0], [*pick[1], live_question], api_name="live_example", **newest, **quiet,
+        )  # fmt: skip
+        answered_live(picked_live, "live_example_answer")
     demo.queue(max_size=WAITING, default_concurrency_limit=8)
     return demo
 

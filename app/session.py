@@ -153,6 +153,7 @@ class Store:
         self._ends: dict[tuple[str, str], threading.Event] = {}  # (visitor, place) -> set when it has ended
         self._cleared: dict[str, int] = {}  # visitor -> how often the conversation has been cleared
         self._looks: dict[str, tuple[str, ...]] = {}  # visitor -> ids of the images looked at now
+        self._turned: dict[str, str] = {}  # visitor -> id of the answer that the page was turned to last
         self._lock = threading.Lock()
 
     def hold(self, visitor: str, held: Held) -> str:
@@ -184,14 +185,20 @@ class Store:
         with self._lock:
             return self._looks.get(visitor, images[0]) in images
 
-    def turn(self, visitor: str, since: tuple[str, ...], images: tuple[str, ...]) -> bool:
-        """Turns to the images of an answer; False where others than those it began with have been chosen meanwhile:
+    def turn(self, visitor: str, since: tuple[str, ...], images: tuple[str, ...], record: str) -> bool:
+        """Turns to an answer and its images; False where others than those it began with have been chosen meanwhile:
         they stay."""
         with self._lock:
             if self._looks.get(visitor, since) not in (since, images):
                 return False
             self._looks[visitor] = images
+            self._turned[visitor] = record
             return True
+
+    def turned(self, visitor: str, record: str) -> bool:
+        """Whether this is the answer that the visitor's page was turned to last, as far as is known."""
+        with self._lock:
+            return self._turned.get(visitor, record) == record
 
     def keep(self, visitor: str, record: Record) -> str:
         """Keeps an answer and returns its id."""
@@ -281,6 +288,7 @@ class Store:
                 del self._ends[key]
             self._cleared.pop(session.visitor, None)
             self._looks.pop(session.visitor, None)
+            self._turned.pop(session.visitor, None)
 
     def __len__(self) -> int:
         return len(self._images) + len(self._records)

@@ -59,25 +59,32 @@ def live(
     known, kept = introduced(session)
     settings = asking.sampling(desk, max_new_tokens, temperature, top_p, top_k, seed)
     asked = _asked(desk, record, question, plan, model, settings, focus)
-    stopper = desk.store.start(known.visitor, "stacks")
-    newest = functools.partial(desk.store.newest, known.visitor, "stacks", stopper)
-    if record is not None and _unchanged(record, asked):
-        now, turned = record, False  # nothing has changed: what is there is drawn again
-    else:
-        for answer, done in asking.stream(asked, stopper):
-            if not newest():  # a later change of the picture has taken over
-                yield (gr.skip(),) * 7
-                return
-            if not done:
-                yield question, *[gr.skip()] * 2, growing(asked, answer), *[gr.skip()] * 3
-        key = asking.keep(desk, known, asked, answer)
-        since, focus = focus, asking.refocused(desk, focus, key, asked)
-        turned = asking.turned(desk, known, since, focus)
-        now = desk.store.record(key)
-    before = desk.store.record(focus.before)
-    card = answer_card(asked.engine, now, before, focus.truth)
-    busy = (gr.skip(), gr.skip()) if before is not None or len(asked.plan.sources()) < 2 else (BUSY, "")
-    yield question, kept, focus if turned else gr.skip(), card, *busy, gr.skip()
+    of = f"{asked.engine.name} {asked.plan}"
+    with desk.store.alone(known.visitor, "stacks") as stopper:
+        newest = functools.partial(desk.store.newest, known.visitor, "stacks", stopper)
+        if not newest():  # a later change of the picture has taken over while this waited for the one before
+            yield (gr.skip(),) * 7
+            return
+        if record is not None and _unchanged(record, asked):  # what is there is drawn again
+            now = record
+            # While the focus was read, another answer may have been turned to, which this one replaces.
+            turned = not desk.store.turned(known.visitor, focus.record) and asking.turned(desk, known, focus, focus)
+        else:
+            for answer, done in asking.stream(asked, stopper):
+                if not newest():
+                    yield (gr.skip(),) * 7
+                    return
+                if not done:
+                    yield question, *[gr.skip()] * 2, _marked(of, growing(asked, answer)), *[gr.skip()] * 3
+            key = asking.keep(desk, known, asked, answer)
+            since, focus = focus, asking.refocused(desk, focus, key, asked)
+            turned = asking.turned(desk, known, since, focus)
+            now = desk.store.record(key)
+        before = desk.store.record(focus.before)
+        card = _marked(of, answer_card(asked.engine, now, before, focus.truth))
+        fresh = before is None and len(asked.plan.sources()) > 1
+        busy = (_marked(of, BUSY), "") if fresh else (gr.skip(), gr.skip())
+        yield question, kept, focus if turned else gr.skip(), card, *busy, gr.skip()
     effect = now.once("effect", lambda: asked.engine.image_effect(asked.prompt, now.answer, asked.plan))
     sources = tuple(source.name for source in asked.engine.layout.sources_for(asked.plan))
     felt = effects(norms.Effect(asked.plan, sources, effect))
@@ -87,7 +94,12 @@ def live(
     except UserError as error:
         left, right = f'<p class="dl-note">{markup.escape(str(error))}</p>', felt
     if newest():
-        yield *[gr.skip()] * 4, left, right, effect_value(asked.engine, asked.plan, effect)
+        yield *[gr.skip()] * 4, _marked(of, left), _marked(of, right), effect_value(asked.engine, asked.plan, effect)
+
+
+def _marked(of: str, content: str) -> str:
+    """A part of the tab with the model and plan it is of, by which the page tells one that was drawn too late."""
+    return f'<div data-of="{markup.escape(of)}">{content}</div>'
 
 
 def _asked(
@@ -205,8 +217,8 @@ def shares(run: subsets.SubsetRun) -> str:
 
 
 def build(desk: Desk, *, tab, picture, model, plan, settings, session, focus, bars, linked, examples) -> tuple:
-    """Draws the tab and wires it. `linked`: how the address follows a question. Returns (the example cards, how an
-    event asks the question in focus)."""
+    """Draws the tab and wires it. `linked`: how the address follows a question. Returns (the example cards,
+    what lets the question in focus follow on an event, under a name, the box of the question)."""
     with gr.Row(elem_classes=["dl-ask-row"]):
         question = gr.Textbox(
             show_label=False, placeholder="The question; Enter asks it again", elem_id="dl-live-question",
@@ -224,14 +236,23 @@ def build(desk: Desk, *, tab, picture, model, plan, settings, session, focus, ba
     inputs = [question, plan, model, *settings, session, focus]
     outputs = [question, session, focus, answer, parts, felt, bars]
     again = {**in_turn(live, desk, outputs, line, stops="stacks"), "inputs": inputs, "show_progress": "hidden"}
-    fresh = {"js": "(question, ...rest) => ['', ...rest]"}  # the question in focus, not the one in the box
+
+    def drawn(event, name: str):
+        """Tells the page when all of an event has been drawn, and whether it came to its end."""
+        event.success(None, js="() => lens.drawn(true)", api_name=f"{name}_drawn")
+        event.failure(None, js="() => lens.drawn(false)", api_name=f"{name}_failed")
+        return event
+
+    fresh = {"js": "(question, ...rest) => (lens.asked(), ['', ...rest])"}  # the question in focus, not the box's
     # Each change ends the answer before it, so no event waits for the one before: trigger_mode "multiple".
-    picture.live(
-        **again, api_name="live", js="(question, plan, ...rest) => [question, lens.plan, ...rest]",
-        trigger_mode="multiple",
-    )  # fmt: skip
-    asked = question.submit(**again, api_name="ask_live", trigger_mode="multiple")
-    asked.success(**linked, api_name="ask_live_address")
-    tab.select(**again, **fresh, api_name="open_stacks", trigger_mode="multiple")
+    drawn(picture.live(
+        **again, api_name="live", trigger_mode="multiple",
+        js="(question, plan, ...rest) => (lens.asked(), [question, lens.plan, ...rest])",
+    ), "live")  # fmt: skip
+    asked = question.submit(
+        **again, api_name="ask_live", trigger_mode="multiple", js="(...values) => (lens.asked(), values)"
+    )
+    drawn(asked, "ask_live").success(**linked, api_name="ask_live_address")
+    drawn(tab.select(**again, **fresh, api_name="open_stacks", trigger_mode="multiple"), "open_stacks")
     halt.click(bound(stop, desk), [session], None, api_name="stop_live", queue=False)
-    return cards, {**again, **fresh}
+    return cards, lambda event, name: drawn(event.success(**again, **fresh, api_name=name), name), question

@@ -65,6 +65,15 @@
   );
   lens.on('link', (query) => query && setTimeout(() => lens.place(query), 60)); // after a tab has been opened with it
 
+  /* ---- what is asked in Stacks. Gradio draws the states of two events as they come to it, which need not be their
+     order: once all of them have been drawn, 'drawn' is told, so that what is shown can be looked at. */
+  let asked = 0;
+  lens.asked = () => (asked += 1);
+  lens.drawn = (well) => {
+    asked = Math.max(0, asked - 1);
+    if (well) setTimeout(() => asked || lens.emit('drawn'), 100); // ms: when it can be seen
+  };
+
   /* ---- clickable pieces of HTML that Python wrote: data-plan sets a plan, data-pick picks an example, data-go tells
      the event of that name, with data-name */
   lens.clicks = (element, props, trigger) => {

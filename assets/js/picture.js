@@ -544,6 +544,15 @@
     lens.on('effect', redraw);
     lens.on('set-plan', preset);
     lens.on('image', () => lens.tab() === 'stacks' && trigger('live', { plan: lens.plan }));
+    /* What was drawn too late is of another plan, or still says that it is being made: it is asked again, once. */
+    let repeated = false;
+    lens.on('drawn', () => {
+      const parts = [...document.querySelectorAll('#dl-live-answer [data-of], #dl-live-more [data-of]')];
+      const now = `${lens.model} ${lens.plan}`;
+      const late = parts.some((part) => part.dataset.of !== now || part.querySelector('.dl-busy'));
+      repeated = late && !repeated && lens.tab() === 'stacks';
+      if (repeated) trigger('live', { plan: lens.plan });
+    });
     take();
   };
 })();

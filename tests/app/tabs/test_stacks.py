@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import html
+import re
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from app.session import Focus
@@ -9,12 +13,18 @@ from app.tabs import stacks
 from model.errors import UserError
 from model.plan import Plan
 from tests.app.given import HIRES, SETTINGS, SINGLE, last, skipped
+from tests.waiting import wait_until
 
 PLAN = "base@0,0@1,1@2,2@3,3@4"
 
 
 def go(desk, session, focus, plan=PLAN, question="", model=HIRES):
     return stacks.live(desk, question, plan, model, *SETTINGS, session, focus)
+
+
+def of(part: str) -> str:
+    """The model and plan that a part of the tab says it is of."""
+    return html.unescape(re.match('<div data-of="(.*?)">', part)[1])
 
 
 def test_without_a_question_there_is_an_empty_state(desk, session):
@@ -67,17 +77,34 @@ def test_nothing_new_is_drawn_again_without_an_answer(desk, session, focus):
 
 
 def test_a_later_change_takes_over(desk, session, focus):
-    early = go(desk, session, focus)
-    desk_start = desk.store.start
+    """It begins when the one before has handed on what it had; that one shows nothing more."""
+    focus = last(go(desk, session, focus))[2]
+    early = go(desk, session, focus, plan="base@0")
+    shown = next(early)
+    with ThreadPoolExecutor(1) as other:
+        stop = desk.store._stops[session.visitor, "stacks"]
+        later = other.submit(last, go(desk, session, focus, plan="none"))
+        wait_until(stop.is_set)
+        assert not later.done()
+        rest = list(early)
+        card = later.result()[3]
+    assert (of(shown[3]), of(card)) == (f"{HIRES} base@0", f"{HIRES} none")
+    assert all(skipped(value) for state in rest for value in state), "the overtaken answer must leave the views alone"
 
-    def overtaken(visitor, place):
-        event = desk_start(visitor, place)
-        desk_start(visitor, place)
-        return event
 
-    desk.store.start = overtaken
-    states = list(early)
-    assert states and all(map(skipped, states[-1])), "the overtaken answer must leave the views alone"
+def test_switched_back_at_once_the_focus_is_on_what_is_shown(desk, session, focus):
+    """The second of two quick switches reads the focus before the first has written it; it used to leave it there."""
+    first = last(go(desk, session, focus))[2]
+    switched = last(go(desk, session, first, plan="base@0"))[2]
+    assert switched.record != first.record
+    back, card = last(go(desk, session, first))[2:4]
+    assert back.record == first.record and of(card) == f"{HIRES} {PLAN}"
+
+
+def test_every_part_says_what_it_is_of(desk, session, focus):
+    states = list(go(desk, session, focus))
+    parts = [value for state in states for value in state[3:6] if isinstance(value, str) and value]
+    assert len(parts) >= 4 and {of(part) for part in parts} == {f"{HIRES} {PLAN}"}
 
 
 def test_subsets_of_a_moved_plan_are_its_own(desk):
