@@ -224,28 +224,18 @@ class Store:
             self._records.move_to_end(key)
             return self._records[key][1]
 
-    def start(self, visitor: str, place: str) -> threading.Event:
-        """The event that ends the answer which starts now. What still runs for this visitor in this place is ended."""
-        with self._lock:
-            return self._start(visitor, place)
-
-    def _start(self, visitor: str, place: str) -> threading.Event:
-        running = self._stops.get((visitor, place))
-        if running is not None:
-            running.set()
-        self._stops[visitor, place] = threading.Event()
-        return self._stops[visitor, place]
-
     @contextmanager
     def alone(self, visitor: str, place: str) -> Iterator[threading.Event]:
-        """Like `start`, for what must not overlap: begins when all that was `alone` there before has ended.
-
-        A generator that ends inside has handed on its last values by then: none of them can arrive after those of what
-        comes next, which may itself have been overtaken when it begins (`newest`).
+        """The event that ends the answer which starts now. What still runs for this visitor in this place is told to
+        end, and has ended when this begins: a generator inside has handed on its last values by then, so that none of
+        them can come after those of the next. What begins may have been overtaken while it waited (`newest`).
         """
+        key, stop, ended = (visitor, place), threading.Event(), threading.Event()
         with self._lock:
-            stop, before = self._start(visitor, place), self._ends.get((visitor, place))
-            ended = self._ends[visitor, place] = threading.Event()
+            running, before = self._stops.get(key), self._ends.get(key)
+            self._stops[key], self._ends[key] = stop, ended
+        if running is not None:
+            running.set()
         try:
             if before is not None:
                 before.wait(PATIENCE)
@@ -272,7 +262,7 @@ class Store:
                 self._stops[visitor, place].set()
 
     def newest(self, visitor: str, place: str, event: threading.Event) -> bool:
-        """Whether no later answer has started there since `start` gave this event."""
+        """Whether no later answer has started there since `alone` gave this event."""
         with self._lock:
             return self._stops.get((visitor, place)) is event
 

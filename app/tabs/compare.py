@@ -79,12 +79,15 @@ def run(
             raise UserError(f"Column {number + 1}: {error}" if plan.strip() else str(error)) from error
         asked.append(one)
     unused = [""] * (COLUMNS - len(asked))
-    for answers in together(asked, desk.store.start(new.visitor, "compare")):
-        yield kept, *(running(a, answer) for a, answer in zip(asked, answers, strict=True)), *unused, ""
-    truth = truth.strip()
-    rows = measured(asked, answers, truth)
-    shown = [column(a, answer, row, truth) for a, answer, row in zip(asked, answers, rows, strict=True)]
-    yield kept, *shown, *unused, pairs(asked, answers)
+    with desk.store.alone(new.visitor, "compare") as stopper:
+        for answers in together(asked, stopper):
+            yield kept, *(running(a, answer) for a, answer in zip(asked, answers, strict=True)), *unused, ""
+            if not desk.store.newest(new.visitor, "compare", stopper):  # a later question has taken over
+                return
+        truth = truth.strip()
+        rows = measured(asked, answers, truth)
+        shown = [column(a, answer, row, truth) for a, answer, row in zip(asked, answers, rows, strict=True)]
+        yield kept, *shown, *unused, pairs(asked, answers)
 
 
 def opened(desk: Desk, question: str, truth: str, filled: tuple, focus: Focus) -> tuple:

@@ -36,7 +36,7 @@ def ask(desk: Desk, session: Session, number: int) -> None:
     name = (HIRES, TAPS)[number % 2]
     settings = Sampling(2, temperature=number % 3 / 2, seed=number)
     asked = asking.prepare(desk, model=name, plan=plan, question=f"What is {number}?", images=[key], settings=settings)
-    steps = asking.stream(asked, desk.store.start(session.visitor, "chat"))
+    steps = asking.stream(asked)
     if number % 7 == 0:
         with asked.engine.stream(asked.prompt, asked.plan, asked.sampling) as stream:
             next(stream)

@@ -72,23 +72,12 @@ def test_a_visitor_who_leaves_takes_everything_along_and_nothing_of_others():
     store = Store()
     mine, yours = store.hold("me", held()), store.hold("you", held())
     store.keep("me", record())
-    event, other = store.start("me", "chat"), store.start("you", "chat")
-    store.forget(Session("me"))
-    assert len(store) == 1 and store.image(yours)
-    with pytest.raises(UserError):
-        store.image(mine)
-    assert event.is_set() and not other.is_set()
-
-
-def test_a_new_answer_ends_the_one_before_in_the_same_place_only():
-    store = Store()
-    first, chat, other = store.start("me", "stacks"), store.start("me", "chat"), store.start("you", "stacks")
-    second = store.start("me", "stacks")
-    assert first.is_set() and not second.is_set() and not chat.is_set() and not other.is_set()
-    assert store.newest("me", "stacks", second) and not store.newest("me", "stacks", first)
-    store.stop("me", "stacks")
-    assert second.is_set() and store.newest("me", "stacks", second)
-    store.stop("nobody", "chat")
+    with store.alone("me", "chat") as event, store.alone("you", "chat") as other:
+        store.forget(Session("me"))
+        assert len(store) == 1 and store.image(yours)
+        with pytest.raises(UserError):
+            store.image(mine)
+        assert event.is_set() and not other.is_set()
 
 
 def test_what_runs_alone_begins_when_what_ran_before_has_ended():
@@ -98,14 +87,19 @@ def test_what_runs_alone_begins_when_what_ran_before_has_ended():
         with store.alone("me", "chat") as stop:
             order.append((name, store.newest("me", "chat", stop)))
 
-    with store.alone("me", "chat") as first, store.alone("you", "chat"), store.alone("me", "stacks"):
+    with store.alone("me", "chat") as first, store.alone("you", "chat") as yours, store.alone("me", "stacks") as other:
+        assert store.newest("me", "chat", first)
         threads = []
         for name in ("second", "third"):
             at = store._stops["me", "chat"]
             threads.append(threading.Thread(target=run, args=(name,)))
             threads[-1].start()
             wait_until(lambda before=at: store._stops["me", "chat"] is not before)
-        assert first.is_set() and order == []
+        assert first.is_set() and order == [] and not yours.is_set() and not other.is_set()
+        assert not store.newest("me", "chat", first) and store.newest("me", "stacks", other)
+        store.stop("me", "stacks")
+        assert other.is_set() and store.newest("me", "stacks", other)
+        store.stop("nobody", "chat")
     for thread in threads:
         thread.join(10)
     assert order == [("second", False), ("third", True)]

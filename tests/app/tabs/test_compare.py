@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from app import asking
@@ -9,6 +12,7 @@ from app.session import Focus, Session
 from app.tabs import compare
 from model.errors import UserError
 from tests.app.given import HIRES, SETTINGS, SINGLE, TAPS, last, skipped
+from tests.waiting import wait_until
 
 
 def go(desk, session, focus, columns=((HIRES, ""), (SINGLE, ""), (HIRES, "base@0")), truth="5.63", count=3):
@@ -21,7 +25,7 @@ def test_columns_answer_as_they_would_alone(desk, session, focus):
         asking.prepare(desk, model=model, plan=plan, question="What?", images=focus.images, settings=asking.Sampling(8))
         for model, plan in ((HIRES, None), (SINGLE, None), (TAPS, "base@0"))
     ]
-    states = list(compare.together(asked, desk.store.start("me", "compare")))
+    states = list(compare.together(asked, threading.Event()))
     alone = [one.engine.answer(one.prompt, one.plan, one.sampling).text for one in asked]
     assert [answer.text for answer in states[-1]] == alone
 
@@ -89,9 +93,21 @@ def test_the_truth_of_one_image_is_not_that_of_the_next(desk, focus):
 
 
 def test_stop_ends_all_columns(desk, session, focus):
-    event = desk.store.start(session.visitor, "compare")
-    compare.stop(desk, session)
-    assert event.is_set()
+    with desk.store.alone(session.visitor, "compare") as event:
+        compare.stop(desk, session)
+        assert event.is_set()
+
+
+def test_a_later_question_takes_over(desk, session, focus):
+    early = go(desk, session, focus)
+    next(early)
+    with ThreadPoolExecutor(1) as other:
+        stop = desk.store._stops[session.visitor, "compare"]
+        later = other.submit(last, go(desk, session, focus, count=2))
+        wait_until(stop.is_set)
+        assert not later.done()
+        assert all(skipped(value) for state in early for value in state)
+        assert later.result()[3] == "" and "dl-pair" in later.result()[4]
 
 
 def test_the_third_column_can_be_hidden():
