@@ -1,4 +1,5 @@
-"""What every test gets: no network, no display, one thread, an empty Hugging Face cache. Knows nothing about the app.
+"""What every test gets: no network, no display, one thread, one seed, an empty Hugging Face cache. Knows nothing of the
+app.
 
 The environment is set before any test module is imported, because torch, transformers and matplotlib read it once.
 """
@@ -29,6 +30,14 @@ ROOT = Path(__file__).resolve().parent.parent
 def root() -> Path:
     """The repository's folder."""
     return ROOT
+
+
+@pytest.fixture(autouse=True)
+def _same_draws() -> None:
+    """Torch draws the same numbers in a test wherever and after whatever it runs."""
+    import torch
+
+    torch.manual_seed(0)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
