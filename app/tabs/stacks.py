@@ -254,5 +254,6 @@ def build(desk: Desk, *, tab, picture, model, plan, settings, session, focus, ba
     )
     drawn(asked, "ask_live").success(**linked, api_name="ask_live_address")
     drawn(tab.select(**again, **fresh, api_name="open_stacks", trigger_mode="multiple"), "open_stacks")
-    halt.click(bound(stop, desk), [session], None, api_name="stop_live", queue=False)
+    said = "(...values) => (lens.stopped(), values)"
+    halt.click(bound(stop, desk), [session], None, js=said, api_name="stop_live", queue=False)
     return cards, lambda event, name: drawn(event.success(**again, **fresh, api_name=name), name), question

@@ -68,10 +68,15 @@
   /* ---- what is asked in Stacks. Gradio draws the states of two events as they come to it, which need not be their
      order: once all of them have been drawn, 'drawn' is told, so that what is shown can be looked at. */
   let asked = 0;
-  lens.asked = () => (asked += 1);
+  let stopped = false; // a question that has left the line has drawn nothing, and is not to be asked again
+  lens.asked = () => {
+    asked += 1;
+    stopped = false;
+  };
+  lens.stopped = () => (stopped = true);
   lens.drawn = (well) => {
     asked = Math.max(0, asked - 1);
-    if (well) setTimeout(() => asked || lens.emit('drawn'), 100); // ms: when it can be seen
+    if (well) setTimeout(() => asked || stopped || lens.emit('drawn'), 100); // ms: when it can be seen
   };
 
   /* ---- clickable pieces of HTML that Python wrote: data-plan sets a plan, data-pick picks an example, data-go tells

@@ -128,6 +128,11 @@ def test_what_was_drawn_too_late_is_asked_again_and_nothing_else(visit) -> None:
         page.evaluate("lens.drawn(true)")
     page.wait_for_timeout(1000)
     assert asked() == before + 2  # once: the text is the same, so that the part stays as it is made here
+    page.evaluate("lens.asked()")
+    page.locator("#dl-live-stop").click()
+    page.evaluate("lens.drawn(true)")
+    page.wait_for_timeout(500)
+    assert asked() == before + 2  # what was stopped in line is not asked again
 
 
 def test_a_switch_answers_again(visit) -> None:
