@@ -247,7 +247,7 @@ def build(desk: Desk, *, tab, picture, model, plan, settings, session, focus, ba
     # Each change ends the answer before it, so no event waits for the one before: trigger_mode "multiple".
     drawn(picture.live(
         **again, api_name="live", trigger_mode="multiple",
-        js="(question, plan, ...rest) => (lens.asked(), [question, lens.plan, ...rest])",
+        js="(question, plan, ...rest) => [question, lens.plan, ...rest]",
     ), "live")  # fmt: skip
     asked = question.submit(
         **again, api_name="ask_live", trigger_mode="multiple", js="(...values) => (lens.asked(), values)"

@@ -69,13 +69,17 @@
      order: once all of them have been drawn, 'drawn' is told, so that what is shown can be looked at. */
   let asked = 0;
   let stopped = false; // a question that has left the line has drawn nothing, and is not to be asked again
+  const count = (more) => {
+    asked = Math.max(0, asked + more);
+    ['dl-live-answer', 'dl-live-more'].forEach((id) => document.getElementById(id)?.setAttribute('aria-busy', asked > 0));
+  };
   lens.asked = () => {
-    asked += 1;
+    count(1);
     stopped = false;
   };
   lens.stopped = () => (stopped = true);
   lens.drawn = (well) => {
-    asked = Math.max(0, asked - 1);
+    count(-1);
     if (well) setTimeout(() => asked || stopped || lens.emit('drawn'), 100); // ms: when it can be seen
   };
 

@@ -65,7 +65,7 @@
       lens.plan = value.plan;
       lens.model = value.name;
       lens.emit('plan', lens.plan);
-      if (changed && lens.tab() === 'stacks') trigger('live', { plan: lens.plan });
+      if (changed) ask();
       if (selected && !arrows().some((a) => a.source === selected.source && a.layer === selected.layer)) selected = null;
       draw();
     }
@@ -89,11 +89,19 @@
       clearTimeout(timer);
       timer = setTimeout(
         () => {
+          timer = null;
           trigger('plan', { plan: lens.plan });
-          if (lens.tab() === 'stacks') trigger('live', { plan: lens.plan });
+          ask();
         },
         soon ? 0 : 140,
       );
+    }
+
+    /* Asks for the answer under the plan of now. It is counted here, since gradio comes to a trigger only later. */
+    function ask() {
+      if (lens.tab() !== 'stacks') return;
+      lens.asked();
+      trigger('live', { plan: lens.plan });
     }
 
     function change(next, focus, soon = true) {
@@ -543,15 +551,16 @@
     lens.on('views', redraw);
     lens.on('effect', redraw);
     lens.on('set-plan', preset);
-    lens.on('image', () => lens.tab() === 'stacks' && trigger('live', { plan: lens.plan }));
+    lens.on('image', ask);
     /* What was drawn too late is of another plan, or still says that it is being made: it is asked again, once. */
     let repeated = false;
     lens.on('drawn', () => {
+      if (timer) return; // a change is about to be asked
       const parts = [...document.querySelectorAll('#dl-live-answer [data-of], #dl-live-more [data-of]')];
       const now = `${lens.model} ${lens.plan}`;
       const late = parts.some((part) => part.dataset.of !== now || part.querySelector('.dl-busy'));
       repeated = late && !repeated && lens.tab() === 'stacks';
-      if (repeated) trigger('live', { plan: lens.plan });
+      if (repeated) ask();
     });
     take();
   };

@@ -112,27 +112,38 @@ def test_what_was_drawn_too_late_is_asked_again_and_nothing_else(visit) -> None:
     visitor = visit(f"/?x={EXAMPLE}&t=stacks")
     page = visitor.page
     ready(page)
-    shown = page.locator("#dl-live-more .dl-subset")
-    expect(shown).to_have_count(32)
+    answer, pressed = page.locator("#dl-live-answer"), page.locator(".dl-subset[aria-pressed=true]")
     asked = lambda: sum("queue/join" in url for url in visitor.requests)  # noqa: E731
+
+    def settle() -> None:
+        """Until all that was asked is drawn, and has been looked at."""
+        expect(answer).to_have_attribute("aria-busy", "false")
+        page.evaluate("new Promise((done) => setTimeout(done, 500))")  # by the page's clock, on which its look waits
+
+    expect(page.locator("#dl-live-more .dl-subset")).to_have_count(32)
+    settle()
     before = asked()
     arrow(page, "2").locator(".dl-hit-end").click()
-    expect(page.locator(".dl-subset[aria-pressed=true]")).to_contain_text("without 2")
-    page.wait_for_timeout(500)
+    expect(pressed).to_contain_text("without 2")
+    settle()
     assert asked() == before + 1  # all that is shown is of the plan of now
+    page.evaluate("lens.emit('set-plan', 'base@0'); lens.emit('drawn')")
+    expect(pressed).to_contain_text("base only")
+    settle()
+    assert asked() == before + 2  # what is shown is late, but the picture was about to ask
     page.evaluate("document.querySelector('#dl-live-answer [data-of]').dataset.of = 'another'")
     page.evaluate("lens.asked(); lens.asked(); lens.drawn(true)")
     page.wait_for_timeout(500)
-    assert asked() == before + 1  # something is still to be drawn
+    assert asked() == before + 2  # something is still to be drawn
     with page.expect_request(lambda request: "queue/join" in request.url):
         page.evaluate("lens.drawn(true)")
-    page.wait_for_timeout(1000)
-    assert asked() == before + 2  # once: the text is the same, so that the part stays as it is made here
+    settle()
+    assert asked() == before + 3  # once: the text is the same, so that the part stays as it is made here
     page.evaluate("lens.asked()")
     page.locator("#dl-live-stop").click()
     page.evaluate("lens.drawn(true)")
-    page.wait_for_timeout(500)
-    assert asked() == before + 2  # what was stopped in line is not asked again
+    settle()
+    assert asked() == before + 3  # what was stopped in line is not asked again
 
 
 def test_a_switch_answers_again(visit) -> None:
@@ -283,6 +294,7 @@ def test_two_visitors_at_once_get_what_each_gets_alone(visit) -> None:
             shown = visitor.page.locator("#dl-chat .dl-plan").first.inner_text().replace(" ", "")
             found.append(f"{shown}: {answer}")
             visitor.page.get_by_role("button", name="Clear").first.click()
+            expect(answers(visitor.page)).to_have_count(0)  # so that what is read next is a new one
         return found
 
     visitors = [visit(path=f"/?p={each}") for each in plans]
