@@ -3,7 +3,7 @@
 1. read(): assets/lab/results.jsonl, one JSON object per finished run; a broken line is an error with its number
 2. settings(): runs are compared only at the same size, for the same steps, on the same kind of device and in the same
    precision
-3. summary(): per variant mean, spread over seeds, the difference to its control with a 95 % interval
+3. summary(): per variant mean, spread between seeds, the difference to its control with a 95 % interval
 4. judge(): whether that difference has the sign that the paper reports, the other one, or cannot decide
 
 The paper's numbers (PAPER, FIGURE_3) stay on their own scale: benchmarks of photographs and documents, single runs.
@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.optimize import minimize_scalar
+from scipy.special import betaln, stdtrit
 
 from analysis.evaluate import Acuity, acuity, wilson
 from analysis.tables import Table
@@ -511,23 +512,72 @@ class Interval(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """How far runs of one variant lie apart that differ in their seed alone: standard deviation, pooled over all
-    variants that were run more than once, and its degrees of freedom."""
+    """How far runs of one variant lie apart that differ in their seed alone: standard deviation, and the degrees of
+    freedom that it is known with."""
 
     deviation: float
-    df: int
+    df: float
 
-    def half(self, *runs: int) -> float:
-        """Half the width of Student's interval of what has the variance 1/runs[0] + 1/runs[1] + …"""
-        return t_quantile(self.df) * self.deviation * math.sqrt(sum(1 / each for each in runs))
+    def half(self, runs: int) -> float:
+        """Half the width of Student's interval of the mean of so many."""
+        return t_quantile(self.df) * self.deviation / math.sqrt(runs)
 
 
-def pooled(groups: Iterable[Sequence[float]]) -> Spread | None:
-    """The spread of shares `[seeds]` of several variants; None where none has two."""
+def moderated(groups: Sequence[Sequence[float]]) -> list[Spread | None]:
+    """The spread of each variant's shares `[seeds]`; None for all where no variant has two.
+
+    A variance of two or three runs says little alone, and one for all is wrong where some variants scatter and others
+    do not. So each is its own drawn toward the others', by as much as theirs are alike: by the weight of some degrees
+    of freedom, fitted to all of them as variances that scatter around a common one (moderated t, Smyth 2004; fitted by
+    likelihood, so that a variance of zero does no harm). Where variants scatter alike this is the variance pooled over
+    all; a variant run once has the common one, with few degrees of freedom where variants differ much."""
     several = [group for group in groups if len(group) > 1]
-    df = sum(len(group) - 1 for group in several)
-    squares = sum((len(group) - 1) * float(np.var(group, ddof=1)) for group in several)
-    return Spread(math.sqrt(squares / df), df) if several else None
+    if not several:
+        return [None] * len(groups)
+    df = tuple(len(group) - 1 for group in several)
+    common, weight = _common(tuple(float(np.var(group, ddof=1)) for group in several), df)
+    found = []
+    for group in groups:
+        own = len(group) - 1
+        variance = common + own / (own + weight) * (np.var(group, ddof=1) - common) if own else common
+        found.append(Spread(math.sqrt(variance), min(own + weight, sum(df))))
+    return found
+
+
+FEW, MANY = 1.0, 1e4  # degrees of freedom: as sure as two runs are, at least; as good as one variance for all
+
+
+@cache
+def _common(variances: tuple[float, ...], df: tuple[int, ...]) -> tuple[float, float]:
+    """(the variance that those of variants scatter around, the degrees of freedom that it is worth to each of them).
+
+    Each ÷ the common one has Fisher's F distribution with its degrees of freedom and those (Smyth 2004, equation 6)."""
+    x, d = np.array(variances), np.array(df, float)
+    pooled = float(x @ d / d.sum())
+    if len(x) == 1 or not pooled:
+        return pooled, math.inf
+    x = np.maximum(x, 1e-9 * pooled)  # of a zero the likelihood is infinite, whatever the two are
+
+    def unlikely(log_common: float, weight: float) -> float:
+        ratio = d / weight * x / math.exp(log_common)
+        return float((betaln(d / 2, weight / 2) - d / 2 * np.log(ratio) + (d + weight) / 2 * np.log1p(ratio)).sum())
+
+    def best(log_weight: float):
+        within = (math.log(pooled) - 15, math.log(pooled) + 3)
+        return minimize_scalar(unlikely, args=(math.exp(log_weight),), bounds=within, method="bounded")
+
+    bounds = (math.log(FEW), math.log(MANY))
+    weight = minimize_scalar(lambda log_weight: best(log_weight).fun, bounds=bounds, method="bounded").x
+    if best(bounds[1]).fun <= best(weight).fun + 1e-3:  # nothing speaks for a difference
+        return pooled, math.inf
+    return math.exp(best(weight).x), math.exp(weight)
+
+
+def _apart(one: Spread | None, runs: int, two: Spread | None, others: int) -> float:
+    """Half of what seeds add to the interval of the difference of two means of so many runs: the two means' own,
+    combined (Zou and Donner 2008), which is Student's interval where one variance is pooled; 0 where no variant has two
+    runs."""
+    return math.hypot(one.half(runs), two.half(others)) if one and two else 0.0
 
 
 def mean_interval(shares: Sequence[float], n: int, spread: Spread | None = None) -> Interval:
@@ -541,29 +591,26 @@ def mean_interval(shares: Sequence[float], n: int, spread: Spread | None = None)
     )
 
 
-def difference_interval(a: Sequence[float], b: Sequence[float], n: int, spread: Spread | None = None) -> Interval:
+def difference_interval(a: Sequence[float], b: Sequence[float], n: int, seeds: float = 0.0) -> Interval:
     """mean(a) - mean(b): Newcombe's interval for n things asked for, as if each had its own, and what other seeds would
-    add to it."""
+    add to it (`_apart`)."""
     one, two = float(np.mean(a)), float(np.mean(b))
     value = one - two
     (low1, high1), (low2, high2) = (wilson(round(mean * n), n) for mean in (one, two))
-    seeds = spread.half(len(a), len(b)) if spread else 0.0
     low = value - math.hypot(one - low1, high2 - two, seeds)
     return Interval(value, low, value + math.hypot(high1 - one, two - low2, seeds))
 
 
-def paired_interval(
-    a: np.ndarray, b: np.ndarray, runs: tuple[int, int] = (1, 1), spread: Spread | None = None
-) -> Interval:
+def paired_interval(a: np.ndarray, b: np.ndarray, seeds: float = 0.0) -> Interval:
     """mean(a) - mean(b) of shares `[things]` that both were asked for: Student's interval of the differences thing by
-    thing, and what other seeds than these numbers of runs would add to it. What seeds do differently thing by thing is
-    in both, so that it is a little too wide. So that answers that are all alike are no certainty, it is as wide as with
+    thing, and what other seeds would add to it (`_apart`). What seeds do differently thing by thing is in both, so that
+    it is a little too wide. So that answers that are all alike are no certainty, it is as wide as with
     half a thing more that only the first gets right, and half a one for the second (Agresti and Min 2005)."""
     differences = np.asarray(a, float) - np.asarray(b, float)
     n, value = len(differences), float(np.mean(differences))
     squares = float(np.sum((differences - value) ** 2)) + 1.0
     things = t_quantile(n - 1) * math.sqrt(squares / (n - 1) / n) if n > 1 else math.inf
-    half = math.hypot(things, spread.half(*runs) if spread else 0.0)
+    half = math.hypot(things, seeds)
     return Interval(value, value - half, value + half)
 
 
@@ -594,7 +641,7 @@ class Row:
     runs: tuple[Run, ...]  # by seed
     metric: str
     n: int  # questions of one run
-    spread: Spread | None = None  # between seeds, of all variants of its task
+    spread: Spread | None = None  # between seeds
 
     @property
     def things(self) -> int:
@@ -651,9 +698,10 @@ class Row:
     def minus(self, other: Row) -> Interval:
         """The difference to another variant: thing by thing where both are `paired`, else as if each had been asked for
         things of its own, which is wider."""
+        seeds = _apart(self.spread, len(self.runs), other.spread, len(other.runs))
         if self.paired(other):
-            return paired_interval(self.right, other.right, (len(self.runs), len(other.runs)), self.spread)
-        return difference_interval(self.shares, other.shares, min(self.things, other.things), self.spread)
+            return paired_interval(self.right, other.right, seeds)
+        return difference_interval(self.shares, other.shares, min(self.things, other.things), seeds)
 
     def paired(self, other: Row) -> bool:
         """Whether both tell of each thing that they were asked for, and were asked for the same."""
@@ -727,9 +775,9 @@ class Summary:
     rows: tuple[Row, ...]  # by group, the reference first
 
     @property
-    def spread(self) -> Spread | None:
-        """Between seeds, of the variants that are asked about pictures."""
-        return next((row.spread for row in self.pictures), None)
+    def scatter(self) -> dict[str, float]:
+        """Standard deviation between seeds of the variants that are asked about pictures, where they have several."""
+        return {row.variant: row.deviation for row in self.pictures if row.deviation is not None}
 
     def row(self, variant: str) -> Row | None:
         return next((row for row in self.rows if row.variant == variant), None)
@@ -862,10 +910,16 @@ def between(one: Summary, two: Summary, variant: str, other: str) -> Interval:
     """How much more two variants differ under one metric than under another that asks for the same things: thing by
     thing where both variants are paired under both, else as if all had been asked for things of their own."""
     (a, b), (c, d) = ((each.row(variant), each.row(other)) for each in (one, two))
-    if a.paired(b) and c.paired(d) and len(a.right) == len(c.right):
-        rows = [(row, two.row(row.variant)) for row in one.rows if two.row(row.variant)]
-        spread = pooled([np.subtract(x.shares, y.shares) for x, y in rows if x.seeds == y.seeds])
-        return paired_interval(a.right - b.right, c.right - d.right, (len(a.runs), len(b.runs)), spread)
+    same_runs = a.seeds == c.seeds and b.seeds == d.seeds
+    if same_runs and a.paired(b) and c.paired(d) and len(a.right) == len(c.right):
+        shares = {
+            row.variant: np.subtract(row.shares, there.shares)
+            for row in one.rows
+            if (there := two.row(row.variant)) and row.seeds == there.seeds
+        }
+        spreads = dict(zip(shares, moderated([*shares.values()]), strict=True))
+        seeds = _apart(spreads[variant], len(a.runs), spreads[other], len(b.runs))
+        return paired_interval(a.right - b.right, c.right - d.right, seeds)
     first, second = a.minus(b), c.minus(d)
     value = first.value - second.value
     low = value - math.hypot(first.value - first.low, second.high - second.value)
@@ -929,8 +983,12 @@ def summary(runs: Sequence[Run], metric: str = "fine", bench: str = "AVG") -> Su
     for variant, each in by_variant.items():
         each.sort(key=lambda run: run.seed)
         rows.append(Row(variant, each[0].group, tuple(each), metric, min(run.share(metric)[1] for run in each)))
-    spreads = {of: pooled([row.shares for row in rows if (row.group == TEXT) is of]) for of in (True, False)}
-    rows = [replace(row, spread=spreads[row.group == TEXT]) for row in rows]
+    tasks = [[row for row in rows if (row.group == TEXT) is of] for of in (True, False)]
+    rows = [
+        replace(row, spread=spread)
+        for task in tasks
+        for row, spread in zip(task, moderated([row.shares for row in task]), strict=True)
+    ]
     known = {group: place for place, group in enumerate(GROUPS)}
     order = {variant: place for place, variant in enumerate(dict.fromkeys([*VARIANTS, *by_variant]))}
     rows.sort(key=lambda r: (r.variant != REFERENCE, known.get(r.group, len(GROUPS)), r.group, order[r.variant]))

@@ -235,10 +235,11 @@ def head(found: Summary, full: Mapping[str, bool], searched: bool) -> str:
     told = f"Of our variants <b>{agree}</b> agree with the paper in sign, <b>{differ}</b> disagree"
     told += f", <b>{neither}</b> cannot decide"
     seeds = ""
-    if found.spread is not None:
-        known = lab.listed([row.variant for row in found.pictures if len(row.runs) > 1])
-        seeds = f" · between seeds {100 * found.spread.deviation:.1f} points"
-        seeds += f" (standard deviation of {known}, taken for all)"
+    if found.scatter:
+        low, high = (100 * each(found.scatter.values()) for each in (min, max))
+        ends = f"{low:.1f}" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f} to {high:.1f}"
+        seeds = f" · between seeds {ends} points (standard deviation of {lab.listed([*found.scatter])}; "
+        seeds += "each interval counts its variant’s own, drawn toward the others’ by as much as these are alike)"
     lines = [f'<p class="dl-lab-count" role="status">{told} <span>· {found.setting}{seeds}</span></p>']
     lines.append(navigation(full, searched))
     missing = [variant for variant in lab.PAPER if found.row(variant) is None]

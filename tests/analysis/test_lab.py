@@ -129,10 +129,41 @@ def test_one_seed_has_the_interval_of_its_questions():
     assert gap.low == pytest.approx(low, abs=2e-3) and gap.low > 0
 
 
-def test_the_spread_of_seeds_is_pooled_over_variants_that_have_several():
+def test_where_variants_scatter_alike_their_spread_is_pooled():
     """By hand: 0.1 and 0.3 lie 0.02 in squares from their mean, 0.5, 0.6, 0.7 as much: 0.04 over 1 + 2 degrees."""
-    assert lab.pooled([[0.1, 0.3], [0.9], [0.5, 0.6, 0.7]]) == (pytest.approx(math.sqrt(0.04 / 3)), 3)
-    assert lab.pooled([[0.1], [0.9]]) is None and lab.pooled([]) is None
+    for found in lab.moderated([[0.1, 0.3], [0.9], [0.5, 0.6, 0.7]]):
+        assert found == (pytest.approx(math.sqrt(0.04 / 3)), 3)
+    assert lab.moderated([[0.1], [0.9]]) == [None, None] and lab.moderated([]) == []
+    alone, other = lab.moderated([[0.1, 0.3], [0.9]])  # nothing to compare with
+    assert alone == other == (pytest.approx(math.sqrt(0.02)), 1)
+    assert lab.moderated([[0.5, 0.5], [0.9]]) == [(0, 1)] * 2
+
+
+def test_the_common_variance_and_its_weight_are_found_where_they_are_known(recwarn):
+    """Variances that are drawn as Smyth's model has them: around 4, worth 5 degrees of freedom."""
+    rng = np.random.default_rng(0)
+    df = rng.integers(1, 4, 3000)
+    variances = 4 * 5 / rng.chisquare(5, 3000) * rng.chisquare(df) / df
+    common, weight = lab._common(tuple(variances), tuple(map(int, df)))
+    assert common == pytest.approx(4, rel=0.1) and weight == pytest.approx(5, rel=0.2)
+    alike = tuple(4 * rng.chisquare(df) / df)
+    common, weight = lab._common(alike, tuple(map(int, df)))
+    assert common == pytest.approx(4, rel=0.1) and weight > 50
+    assert not recwarn.list
+
+
+def test_of_variants_that_scatter_otherwise_each_has_mostly_its_own_spread():
+    calm = [[0.700, 0.702, 0.701], [0.200, 0.203, 0.202], [0.500, 0.502], [0.600, 0.600], [0.300, 0.303]]
+    wild, once = [[0.40, 0.60], [0.30, 0.55]], [[0.45]]
+    found = lab.moderated([*calm, *wild, *once])
+    one, *_, zero, _, first, second, single = found
+    assert one.deviation < 0.005 and 0 < zero.deviation < 0.005  # two equal runs are no certainty
+    assert 0.05 < first.deviation < np.std([0.40, 0.60], ddof=1) and first.deviation < second.deviation
+    assert single.df < first.df < one.df  # known by the others alone, by two runs of its own, by three
+    assert single.half(1) > 3 * zero.half(1)
+    assert (
+        lab.moderated([*calm, *calm, *once])[-1].half(1) < single.half(1) / 3
+    )  # of variants that are alike it is no riddle
 
 
 def test_seeds_that_scatter_widen_every_interval_and_equal_ones_do_not_make_it_vanish():
@@ -143,8 +174,8 @@ def test_seeds_that_scatter_widen_every_interval_and_equal_ones_do_not_make_it_v
     assert sure.high - 0.5 == pytest.approx(2.776 * 0.05 / math.sqrt(2), abs=1e-4)
     both = lab.mean_interval([0.5], 100, wild)
     assert both.high - 0.5 == pytest.approx(math.hypot(alone.high - 0.5, 2.776 * 0.05), abs=1e-4)
-    gap = lab.difference_interval([0.5, 0.5, 0.5], [0.4], 10**9, wild)
-    assert gap.high - 0.1 == pytest.approx(2.776 * 0.05 * math.sqrt(1 / 3 + 1), abs=1e-4)
+    gap = lab.difference_interval([0.5, 0.5, 0.5], [0.4], 10**9, lab._apart(wild, 3, wild, 1))
+    assert gap.high - 0.1 == pytest.approx(2.776 * 0.05 * math.sqrt(1 / 3 + 1), abs=1e-4)  # Student's, pooled
     assert gap.high - gap.value == pytest.approx(gap.value - gap.low)
 
 
@@ -172,8 +203,10 @@ def test_a_difference_of_the_same_questions_is_that_of_pairs(tmp_path):
 def test_seeds_widen_the_difference_of_pairs_too(tmp_path):
     wild = lab.Spread(0.05, 4)
     same = np.array([1.0, 0.0] * 500)
-    gap = lab.paired_interval(same, same, (3, 1), wild)
-    assert gap.value == 0 and gap.high == pytest.approx(2.776 * 0.05 * math.sqrt(1 / 3 + 1), abs=1e-4)
+    gap = lab.paired_interval(same, same, lab._apart(wild, 4, lab.Spread(0.03, 1), 1))
+    halves = 2.776 * 0.05 / 2, 12.706 * 0.03  # each by its own degrees of freedom, so wider than either
+    assert gap.value == 0 and gap.high == pytest.approx(math.hypot(*halves), abs=1e-4)
+    assert lab._apart(None, 1, None, 1) == 0
     alike = lab.paired_interval(same, same)  # no certainty: one of a thousand might have been answered otherwise
     assert alike.value == 0 and alike.high == -alike.low == pytest.approx(1.962 / 1000, abs=1e-5)
 
@@ -261,7 +294,9 @@ def test_mean_and_spread_over_seeds(tmp_path):
     assert row.mean.value == pytest.approx(0.11) and row.deviation == pytest.approx(0.01) and row.seeds == (0, 1, 2)
     assert found.row("gate").deviation is None and found.difference(found.reference) is None
     assert found.difference(row).value == pytest.approx(-0.49)
-    assert found.spread.deviation == pytest.approx(0.01) and found.spread.df == 2 * 15  # gate has one seed
+    assert {row.spread.df for row in found.pictures} == {2 * 15}  # gate has one seed
+    assert all(row.spread.deviation == pytest.approx(0.01) for row in found.pictures)
+    assert "gate" not in found.scatter and [*found.scatter.values()] == pytest.approx([0.01] * 15)
     assert [found.rows[0].variant, found.rows[-1].group] == ["stack-2d", "budget"]
 
 
@@ -288,7 +323,9 @@ def test_nothing_is_decided_before_some_variant_has_a_second_seed_nor_by_few_que
     few = {"accuracy": {"fine": {"n": 5, "exact_match": 0.2}}}
     lines = [line("stack-2d"), line("none"), line("dummy", **few)]
     alone = summary(tmp_path, *lines)
-    assert alone.spread is None and "second seed" in alone.judge(alone.row("none")).why
+    assert (
+        not alone.scatter and alone.row("none").spread is None and "second seed" in alone.judge(alone.row("none")).why
+    )
     found = summary(tmp_path, *lines, line("stack-2d", seed=1))
     assert found.judge(found.row("none")).kind == "agrees"
     assert found.judge(found.row("dummy")).kind == "cannot decide"
@@ -458,8 +495,9 @@ def test_the_winner_meets_the_rule_on_test_scenes(tmp_path, share, said):
     wins = [line(WINNER, 0.99 if seed == 0 else share, group="where", seed=seed) for seed in (0, 1, 2)]
     told = lab.outcome(found, runs(tmp_path, *rule, *wins))
     assert told.startswith(said) and told.endswith("(seeds 1 and 2 against 0, 1 and 2).")
-    spread = lab.pooled([[share + 0.01, share - 0.01], [0.6, 0.61, 0.59]])
-    gap = lab.difference_interval([share + 0.01, share - 0.01], [0.6, 0.61, 0.59], 300, spread)
+    one, two = lab.moderated([[share + 0.01, share - 0.01], [0.6, 0.61, 0.59]])
+    seeds = lab._apart(one, 2, two, 3)
+    gap = lab.difference_interval([share + 0.01, share - 0.01], [0.6, 0.61, 0.59], 300, seeds)
     assert f"{100 * gap.value:+.1f} points on fine questions, {100 * gap.low:+.1f} to {100 * gap.high:+.1f}" in told
     alone = lab.outcome(found, runs(tmp_path, rule[0], wins[0]))
     assert "one seed of each (seed 0 against 0). Its only run is the one that the search picked" in alone
