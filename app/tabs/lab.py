@@ -238,8 +238,9 @@ def head(found: Summary, full: Mapping[str, bool], searched: bool) -> str:
     if found.scatter:
         low, high = (100 * each(found.scatter.values()) for each in (min, max))
         ends = f"{low:.1f}" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f} to {high:.1f}"
-        seeds = f" · between seeds {ends} points (standard deviation of {lab.listed([*found.scatter])}; "
-        seeds += "each interval counts its variant’s own, drawn toward the others’ by as much as these are alike)"
+        several = f"{(n := len(found.scatter))} variant{'s' if n > 1 else ''} run more than once"
+        seeds = f" · between seeds {ends} points (standard deviation of {several}; each interval counts its variant’s "
+        seeds += "own, drawn toward the others’ by as much as these are alike)"
     lines = [f'<p class="dl-lab-count" role="status">{told} <span>· {found.setting}{seeds}</span></p>']
     lines.append(navigation(full, searched))
     missing = [variant for variant in lab.PAPER if found.row(variant) is None]

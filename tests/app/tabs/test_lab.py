@@ -60,6 +60,7 @@ def test_all_views_of_a_full_file(desk, results):
     )
     assert "<b>5</b> agree with the paper in sign, <b>1</b> disagree, <b>2</b> cannot decide" in head
     told = html.unescape(head)
+    assert "between seeds 1.0 points (standard deviation of 15 variants run more than once;" in told
     assert "✗ contradicted</span>" in told and "stack-2d above none: holds, +50.0 points" in told
     assert "stack-2d above layers-1: not run" in told
     assert "37.5 % of the stack rows enter" in (said := html.unescape(at_budget)) and "norm budget-50 45.0 %" in said
