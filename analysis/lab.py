@@ -531,17 +531,16 @@ def moderated(groups: Sequence[Sequence[float]]) -> list[Spread | None]:
     of freedom, fitted to all of them as variances that scatter around a common one (moderated t, Smyth 2004; fitted by
     likelihood, so that a variance of zero does no harm). Where variants scatter alike this is the variance pooled over
     all; a variant run once has the common one, with few degrees of freedom where variants differ much."""
-    several = [group for group in groups if len(group) > 1]
-    if not several:
+    df = [len(group) - 1 for group in groups]
+    if not any(df):
         return [None] * len(groups)
-    df = tuple(len(group) - 1 for group in several)
-    common, weight = _common(tuple(float(np.var(group, ddof=1)) for group in several), df)
-    found = []
-    for group in groups:
-        own = len(group) - 1
-        variance = common + own / (own + weight) * (np.var(group, ddof=1) - common) if own else common
-        found.append(Spread(math.sqrt(variance), min(own + weight, sum(df))))
-    return found
+    variances = [float(np.var(group, ddof=1)) if own else 0.0 for group, own in zip(groups, df, strict=True)]
+    known = [(variance, own) for variance, own in zip(variances, df, strict=True) if own]
+    common, weight = _common(*zip(*known, strict=True))
+    return [
+        Spread(math.sqrt(common + own / (own + weight) * (variance - common)), min(own + weight, sum(df)))
+        for variance, own in zip(variances, df, strict=True)
+    ]
 
 
 FEW, MANY = 1.0, 1e4  # degrees of freedom: as sure as two runs are, at least; as good as one variance for all
@@ -567,10 +566,11 @@ def _common(variances: tuple[float, ...], df: tuple[int, ...]) -> tuple[float, f
         return minimize_scalar(unlikely, args=(math.exp(log_weight),), bounds=within, method="bounded")
 
     bounds = (math.log(FEW), math.log(MANY))
-    weight = minimize_scalar(lambda log_weight: best(log_weight).fun, bounds=bounds, method="bounded").x
-    if best(bounds[1]).fun <= best(weight).fun + 1e-3:  # nothing speaks for a difference
+    log_weight = minimize_scalar(lambda x: best(x).fun, bounds=bounds, method="bounded").x
+    common = best(log_weight)
+    if best(bounds[1]).fun <= common.fun + 1e-3:  # nats: nothing speaks for a difference
         return pooled, math.inf
-    return math.exp(best(weight).x), math.exp(weight)
+    return math.exp(common.x), math.exp(log_weight)
 
 
 def _apart(one: Spread | None, runs: int, two: Spread | None, others: int) -> float:
@@ -775,9 +775,9 @@ class Summary:
     rows: tuple[Row, ...]  # by group, the reference first
 
     @property
-    def scatter(self) -> dict[str, float]:
-        """Standard deviation between seeds of the variants that are asked about pictures, where they have several."""
-        return {row.variant: row.deviation for row in self.pictures if row.deviation is not None}
+    def scatter(self) -> list[float]:
+        """Standard deviations between seeds of the variants that are asked about pictures, where they have several."""
+        return [row.deviation for row in self.pictures if row.deviation is not None]
 
     def row(self, variant: str) -> Row | None:
         return next((row for row in self.rows if row.variant == variant), None)

@@ -236,9 +236,8 @@ def head(found: Summary, full: Mapping[str, bool], searched: bool) -> str:
     told += f", <b>{neither}</b> cannot decide"
     seeds = ""
     if found.scatter:
-        low, high = (100 * each(found.scatter.values()) for each in (min, max))
-        ends = f"{low:.1f}" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f} to {high:.1f}"
-        several = f"{(n := len(found.scatter))} variant{'s' if n > 1 else ''} run more than once"
+        ends = " to ".join(dict.fromkeys(f"{100 * each(found.scatter):.1f}" for each in (min, max)))
+        several = f"{len(found.scatter)} variant{'s' if len(found.scatter) > 1 else ''} run more than once"
         seeds = f" · between seeds {ends} points (standard deviation of {several}; each interval counts its variant’s "
         seeds += "own, drawn toward the others’ by as much as these are alike)"
     lines = [f'<p class="dl-lab-count" role="status">{told} <span>· {found.setting}{seeds}</span></p>']
